@@ -1,0 +1,1 @@
+"""Product and query encoders and the embedding tables that they write."""

@@ -1,0 +1,1 @@
+"""Named datasets, floors, benchmarks and figures. Nothing imports this package."""

@@ -1,0 +1,1 @@
+"""Builders of dataset folders, found through the entry-point group ``dashclip.datasets``."""

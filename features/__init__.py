@@ -1,0 +1,1 @@
+"""Point-in-time features: dataset folders, request records, transforms and batches."""

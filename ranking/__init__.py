@@ -1,0 +1,1 @@
+"""The click-through-rate ranker: fused embedding tables, two towers, training."""
