@@ -1,0 +1,80 @@
+"""The purchase-history window: which products a user bought before a request, point in time.
+
+A request of user ``u`` at time ``t`` sees the purchases of ``u`` in ``[t - window, t)``::
+
+        older        t - 84 days                     t
+    ──────┼─────────────●━━━━━━━━━━━━━━━━━━━━━━━━━━━━○───────► time
+       left out      included                     left out (the request's own basket)
+
+Most recent first, ties by ascending product id, repeats kept, at most ``cap`` of the most recent.
+"""
+
+import datetime as dt
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features import columns
+
+if TYPE_CHECKING:
+    import duckdb
+
+# Requests of one user at one instant (one basket) share a history, so it is built once for them.
+# The bounds of the outer WHERE say nothing new: they let the scan skip purchases of other times.
+_SQL = """
+WITH moments AS (SELECT DISTINCT user_id, requested_at FROM requests),
+histories AS (
+    SELECT
+        user_id,
+        requested_at,
+        list(product_id ORDER BY purchased_at DESC, product_id)[:{cap}] AS purchase_history,
+    FROM moments JOIN purchases USING (user_id)
+    WHERE purchased_at >= requested_at - INTERVAL {days} DAY
+      AND purchased_at < requested_at
+      AND purchased_at >= TIMESTAMP '{first}' - INTERVAL {days} DAY
+      AND purchased_at < TIMESTAMP '{last}'
+    GROUP BY ALL
+)
+SELECT coalesce(purchase_history, []::BIGINT[]) AS purchase_history
+FROM requests LEFT JOIN histories USING (user_id, requested_at)
+ORDER BY requested_at, request_id
+"""
+
+
+def purchase_histories(
+    connection: "duckdb.DuckDBPyConnection", requests: pa.Table, *, window_days: int, cap: int
+) -> pa.ChunkedArray:
+    """Return the purchase history of each request.
+
+    Args:
+        connection: holds a table ``purchases`` with ``user_id``, ``product_id`` (int64) and
+            ``purchased_at`` (timestamp, microseconds), in any order.
+        requests: ``[B]`` rows of ``request_id``, ``user_id`` and ``requested_at`` (timestamp,
+            microseconds), ordered by ``(requested_at, request_id)``.
+        window_days: length of the window in days of 24 hours.
+        cap: the most products in one history.
+
+    Returns:
+        ``[B]`` lists of int64 product ids, in the order of ``requests``; empty where the user
+        bought nothing in the window.
+    """
+    history_type = pa.list_(pa.int64())
+    if requests.num_rows == 0:
+        return pa.chunked_array([], type=history_type)
+    times = pc.min_max(requests[columns.REQUESTED_AT])
+    sql = _SQL.format(
+        cap=cap, days=window_days, first=_literal(times["min"]), last=_literal(times["max"])
+    )
+    keys = [columns.REQUEST_ID, columns.USER_ID, columns.REQUESTED_AT]
+    connection.register("requests", requests.select(keys))
+    try:
+        found = pa.table(connection.sql(sql))
+    finally:
+        connection.unregister("requests")
+    return found[columns.PURCHASE_HISTORY].cast(history_type)
+
+
+def _literal(time: pa.Scalar) -> str:
+    moment: dt.datetime = time.as_py()
+    return moment.isoformat(sep=" ", timespec="microseconds")

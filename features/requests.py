@@ -1,0 +1,372 @@
+"""Request records: one row per search, with its purchase history and its candidates.
+
+Built by DuckDB from a dataset folder, a week at a time, into a folder of Parquet files::
+
+    request_id  user_id  requested_at  query  purchase_history  <request features>
+    7           3        2017-10-23 …  soup   [81, 12, 81]      …
+                                   product_id  clicked         <candidate features>
+                                   [5, 9, 40]  [no, yes, no]   [.., .., ..]
+
+Rows are ordered by ``(requested_at, request_id)``, candidates by ``product_id``. All that belongs
+to the user or the query stands once a request: it is stored, read and computed once.
+"""
+
+import datetime as dt
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features import columns
+from features.dataset import Dataset, reading
+from features.errors import BadInputError
+from features.files import atomic_file, fingerprint, write_text
+from features.history import purchase_histories
+from features.schema import Weeks
+
+if TYPE_CHECKING:
+    import duckdb
+
+ROW_GROUP = 1024
+_MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished.json"
+_SCRATCH = ".scratch"
+
+# One slice of a week is held in memory by each worker.
+_SLICE_ROWS = 1 << 20
+_SLICE_REQUESTS = 1 << 16
+_WORKERS = 2
+_MEMORY_LIMIT = "4GB"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeekCounts:
+    """What one week of request records holds.
+
+    Attributes:
+        requests: number of requests.
+        rows: number of impressions (candidates of all requests).
+        positives: number of clicked impressions.
+    """
+
+    requests: int
+    rows: int
+    positives: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestsManifest:
+    """A folder of request records.
+
+    Attributes:
+        folder: where the records lie.
+        dataset: name of the dataset.
+        fingerprint: SHA-256 of the dataset's files.
+        window_days: length of the purchase-history window.
+        history_cap: the most products in a history.
+        unknown_products: impressions whose product the catalog does not hold.
+        weeks: counts of each week, ascending.
+    """
+
+    folder: Path
+    dataset: str
+    fingerprint: str
+    window_days: int
+    history_cap: int
+    unknown_products: int
+    weeks: dict[int, WeekCounts]
+
+    @classmethod
+    def load(cls, folder: Path) -> "RequestsManifest":
+        """Read ``folder/manifest.json``.
+
+        Raises:
+            BadInputError: ``folder`` does not hold finished request records.
+        """
+        path = folder / _MANIFEST
+        if not path.is_file():
+            raise BadInputError(f"{folder}: holds no finished request records (no {_MANIFEST})")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            weeks = {int(week): WeekCounts(**c) for week, c in content.pop("weeks").items()}
+            return cls(folder=folder, weeks=weeks, **content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInputError(f"{path}: not a manifest of request records: {error}") from error
+
+    def path(self, week: int) -> Path:
+        """Return the Parquet file of ``week``.
+
+        Raises:
+            BadInputError: the records hold no such week.
+        """
+        if week not in self.weeks:
+            known = f"{min(self.weeks)} to {max(self.weeks)}"
+            raise BadInputError(f"{self.folder}: holds no week {week}; it holds weeks {known}")
+        return _week_path(self.folder, week)
+
+    def _save(self) -> None:
+        content = asdict(self)
+        del content["folder"]
+        write_text(self.folder / _MANIFEST, json.dumps(content, indent=2) + "\n")
+
+
+def build_requests(
+    dataset: Path,
+    output: Path,
+    *,
+    window_days: int = 84,
+    history_cap: int = 1000,
+    progress: Progress | None = None,
+) -> RequestsManifest:
+    """Build the request records of a dataset folder.
+
+    Nothing is computed from a purchase at or after its request. The same inputs and options give
+    the same bytes; a build that was killed carries on with the weeks that are missing, and one
+    that is complete is left as it is. Other inputs or options replace what ``output`` holds.
+
+    Args:
+        dataset: folder with ``impressions.parquet``, ``purchases.parquet``, ``catalog.parquet``
+            and ``dataset.toml``.
+        output: folder of the records.
+        window_days: a history reaches this many days of 24 hours back from the request.
+        history_cap: the most products in a history, the most recent ones.
+        progress: called with the number of weeks that are done and their total.
+
+    Raises:
+        BadInputError: the dataset breaks a rule of `features.dataset`, or an option is below 1;
+            nothing was written then.
+    """
+    for name, value in (("window_days", window_days), ("history_cap", history_cap)):
+        if value < 1:
+            raise BadInputError(f"{name} must be 1 or more, got {value}")
+    opened = Dataset.open(dataset)
+    key: dict[str, Any] = {
+        "dataset": opened.schema.name,
+        "fingerprint": _fingerprint(opened),
+        "window_days": window_days,
+        "history_cap": history_cap,
+    }
+    if (output / _MANIFEST).exists():
+        manifest = RequestsManifest.load(output)
+        if all(getattr(manifest, name) == value for name, value in key.items()):
+            return manifest
+    with _engine(output) as connection:
+        opened.check(connection)
+        with reading(dataset):
+            calendar, weeks = _plan(connection, opened)
+            unknown = _count_unknown(connection, opened)
+            connection.execute(
+                f"CREATE TABLE purchases AS {opened.purchases.select()} ORDER BY purchased_at"
+            )
+            _make_room(output, key)
+            build = _Build(
+                connection=connection,
+                dataset=opened,
+                output=output,
+                window_days=window_days,
+                history_cap=history_cap,
+                calendar=calendar,
+                weeks=weeks,
+            )
+            build.run(progress)
+    manifest = RequestsManifest(folder=output, weeks=weeks, unknown_products=unknown, **key)
+    manifest._save()
+    (output / _UNFINISHED).unlink()
+    return manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Build:
+    """What the workers share."""
+
+    connection: "duckdb.DuckDBPyConnection"
+    dataset: Dataset
+    output: Path
+    window_days: int
+    history_cap: int
+    calendar: Weeks
+    weeks: dict[int, WeekCounts]
+
+    def run(self, progress: Progress | None) -> None:
+        """Write the weeks that are missing, several at a time."""
+        missing = [week for week in self.weeks if not _week_path(self.output, week).exists()]
+        done = len(self.weeks) - len(missing)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            running = [pool.submit(self.write_week, week) for week in missing]
+            try:
+                for finished in as_completed(running):
+                    finished.result()
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(self.weeks))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def write_week(self, week: int) -> None:
+        """Write the records of one week, slice by slice, in row groups of `ROW_GROUP` requests."""
+        counts = self.weeks[week]
+        slices = max(counts.rows // _SLICE_ROWS, counts.requests // _SLICE_REQUESTS) + 1
+        start, end = self.calendar.start(week), self.calendar.start(week + 1)
+        times = [start + (end - start) / slices * i for i in range(slices)] + [end]
+        schema = _record_schema(self.dataset)
+        pending = schema.empty_table()
+        with (
+            self.connection.cursor() as cursor,
+            atomic_file(_week_path(self.output, week)) as scratch,
+            _writer(scratch, schema) as writer,
+        ):
+            for first, last in pairwise(times):
+                pending = pa.concat_tables([pending, self._records(cursor, first, last)])
+                whole = pending.num_rows - pending.num_rows % ROW_GROUP
+                writer.write_table(pending.slice(0, whole), row_group_size=ROW_GROUP)
+                pending = pending.slice(whole)
+            writer.write_table(pending, row_group_size=ROW_GROUP)
+
+    def _records(
+        self, cursor: "duckdb.DuckDBPyConnection", first: dt.datetime, last: dt.datetime
+    ) -> pa.Table:
+        """Return the records of the requests in ``[first, last)``."""
+        rows = pa.table(
+            cursor.sql(
+                f"SELECT * FROM ({self.dataset.impressions.select()}) "
+                f"WHERE requested_at >= TIMESTAMP '{first}' AND requested_at < TIMESTAMP '{last}' "
+                "ORDER BY requested_at, request_id, product_id"
+            )
+        ).combine_chunks()
+        ids = rows[columns.REQUEST_ID].to_numpy()
+        starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])[: len(ids)])
+        requests = rows.select([columns.REQUEST_ID, *self.dataset.request_columns]).take(starts)
+        histories = purchase_histories(
+            cursor, requests, window_days=self.window_days, cap=self.history_cap
+        )
+        offsets = pa.array(np.append(starts, len(ids)), pa.int32())
+        arrays = {name: requests[name] for name in requests.column_names}
+        arrays[columns.PURCHASE_HISTORY] = histories
+        for name in self.dataset.candidate_columns:
+            arrays[name] = pa.ListArray.from_arrays(offsets, _flat(rows[name]))
+        schema = _record_schema(self.dataset)
+        return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _record_schema(dataset: Dataset) -> pa.Schema:
+    """Return the columns of the records, in the order of the format."""
+    types = dataset.impressions.types
+    user, time, query, *features = dataset.request_columns
+    return pa.schema(
+        [(name, types[name]) for name in (columns.REQUEST_ID, user, time, query)]
+        + [(columns.PURCHASE_HISTORY, pa.list_(pa.int64()))]
+        + [(name, types[name]) for name in features]
+        + [(name, pa.list_(types[name])) for name in dataset.candidate_columns]
+    )
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    # Dictionaries pay for text only: encoding ids and floats with them takes longer and saves
+    # little before zstd.
+    text = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in schema
+        if pa.types.is_string(getattr(field.type, "value_type", field.type))
+    ]
+    return pq.ParquetWriter(
+        path, schema, compression="zstd", compression_level=1, use_dictionary=text
+    )
+
+
+def _week_path(folder: Path, week: int) -> Path:
+    return folder / f"week-{week:04d}.parquet"
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    tables = (dataset.catalog, dataset.purchases, dataset.impressions)
+    return fingerprint(dataset.folder / "dataset.toml", *(table.path for table in tables))
+
+
+@contextmanager
+def _engine(output: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
+    """Yield a DuckDB that spills into ``output``, and leave no trace of it there."""
+    import duckdb
+
+    made = not output.exists()
+    scratch = output / _SCRATCH
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": _MEMORY_LIMIT,
+        "preserve_insertion_order": False,
+        "temp_directory": str(scratch),
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    try:
+        with duckdb.connect(config=config) as connection:
+            yield connection
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if made and output.exists() and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _plan(
+    connection: "duckdb.DuckDBPyConnection", dataset: Dataset
+) -> tuple[Weeks, dict[int, WeekCounts]]:
+    """Return the calendar and the counts of each week that has requests."""
+    calendar = dataset.schema.weeks
+    impressions = f"({dataset.impressions.select('request_id', 'requested_at', 'clicked')})"
+    if calendar is None:
+        first = connection.execute(f"SELECT min(requested_at)::DATE FROM {impressions}").fetchone()
+        assert first is not None
+        calendar = Weeks(first_day=first[0], evaluate=1)
+    # A request has one time (it was checked), so it lies in one week.
+    rows = connection.execute(
+        f"""
+        SELECT
+            floor(date_diff('day', DATE '{calendar.first_day}', requested_at::DATE) / 7)::INT + 1
+                AS week,
+            count(DISTINCT request_id), count(*), count_if(clicked), min(requested_at)
+        FROM {impressions} GROUP BY week ORDER BY week
+        """
+    ).fetchall()
+    if rows[0][0] < 1:
+        raise BadInputError(
+            f"{dataset.impressions.path}: column 'requested_at' holds {rows[0][4]}, before the "
+            f"first day of week 1 in dataset.toml, {calendar.first_day}"
+        )
+    weeks = {w: WeekCounts(requests=n, rows=r, positives=p) for w, n, r, p, _ in rows}
+    return calendar, weeks
+
+
+def _count_unknown(connection: "duckdb.DuckDBPyConnection", dataset: Dataset) -> int:
+    """Return the number of impressions whose product the catalog does not hold."""
+    row = connection.execute(
+        f"SELECT count(*) FROM ({dataset.impressions.select(columns.PRODUCT_ID)}) "
+        f"ANTI JOIN ({dataset.catalog.select(columns.PRODUCT_ID)}) USING (product_id)"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _make_room(output: Path, key: dict[str, Any]) -> None:
+    """Remove what another build left in ``output``, and note which build is under way."""
+    note = output / _UNFINISHED
+    text = json.dumps(key, indent=2) + "\n"
+    for leftover in output.glob(".week-*.partial-*"):
+        leftover.unlink()
+    if not note.is_file() or note.read_text(encoding="utf-8") != text:
+        for stale in (note, output / _MANIFEST, *output.glob("week-*.parquet")):
+            stale.unlink(missing_ok=True)
+        write_text(note, text)
