@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import prepare_data
+from features import prepare_data
 from features.errors import BadInputError
 from features.schema import DatasetSchema
 

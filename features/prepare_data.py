@@ -8,7 +8,7 @@ under the entry-point group ``dashclip.datasets``; each writes a dataset folder'
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -24,8 +24,6 @@ from features.schema import DatasetSchema
 
 GROUP = "dashclip.datasets"
 SUMMARY = "summary.json"
-
-Builder = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,28 +70,36 @@ def prepare(options: Options) -> None:
         BadInputError: no or an unknown name, no output folder, one that holds something else, or
             a source that the builder refuses.
     """
-    known = {point.name: point for point in entry_points(group=GROUP)}
     if options.list:
-        for name in sorted(known):
+        for name in sorted(_datasets()):
             stdout.print(name, highlight=False)
         return
     if options.name is None or options.output is None:
         raise BadInputError(
             "name a dataset and a folder: prepare-data NAME --output DIR, or --list"
         )
-    builder = _find(options.name, known)
     if options.source is not None and not options.source.is_dir():
         raise BadInputError(f"{options.source}: no such folder")
-    if _stands(options.name, options.output):
-        say(f"{options.output}: {options.name} is there already")
-        _show(Summary(**json.loads((options.output / SUMMARY).read_text(encoding="utf-8"))))
-        return
-    say(f"building {options.name} in {options.output}")
-    with atomic_folder(options.output) as scratch:
-        builder(scratch, source=options.source)
+    _show(ensure_dataset(options.name, options.output, source=options.source))
+
+
+def ensure_dataset(name: str, output: Path, *, source: Path | None = None) -> Summary:
+    """Build the dataset ``name`` in the folder ``output`` if it is not there already.
+
+    Raises:
+        BadInputError: the name is unknown, the folder holds something else, or the builder
+            refuses the source.
+    """
+    builder = _find(name, _datasets())
+    if _stands(name, output):
+        say(f"{output}: {name} is there already")
+        return Summary(**json.loads((output / SUMMARY).read_text(encoding="utf-8")))
+    say(f"building {name} in {output}")
+    with atomic_folder(output) as scratch:
+        builder.load()(scratch, source=source)
         summary = summarise(scratch)
         (scratch / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", "utf-8")
-    _show(summary)
+    return summary
 
 
 def summarise(folder: Path) -> Summary:
@@ -139,12 +145,16 @@ def summarise(folder: Path) -> Summary:
     )
 
 
-def _find(name: str, known: dict[str, EntryPoint]) -> Builder:
+def _datasets() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _find(name: str, known: dict[str, EntryPoint]) -> EntryPoint:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
         raise BadInputError(f"no dataset is named '{name}'; {hint}")
-    return known[name].load()
+    return known[name]
 
 
 def _stands(name: str, output: Path) -> bool:

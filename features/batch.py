@@ -1,0 +1,229 @@
+"""Request records as tensors, read in a reproducible order ahead of their use.
+
+A batch is request-level tensors, candidate-level tensors and the candidates of each request.
+Dimensions: ``B`` requests, ``C`` candidates of all of them, ``H`` purchases of all histories,
+``S`` sparse and ``D`` dense features of one level::
+
+    lengths            [3,          2]               B = 2
+    product            [17, 20, 31, 20, 44]          C = 5
+    history_lengths    [2,      0]
+    history            [31, 17]                      H = 2
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from features import columns
+from features.id_map import MISSING_ID, hash_strings
+from features.schema import DatasetSchema
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestBatch:
+    """B requests in raw ids and raw values.
+
+    Attributes:
+        lengths: [B] int64, candidates of each request.
+        query: [B] int64, `hash_strings` of the query.
+        history: [H] int64 product ids, most recent first within a request.
+        history_lengths: [B] int64.
+        request_sparse: [S, B] int64 ids.
+        request_dense: [D, B] float32, NaN where missing.
+        product: [C] int64 product ids.
+        candidate_sparse: [S, C] int64 ids.
+        candidate_dense: [D, C] float32, NaN where missing.
+        clicked: [C] float32 of 0 and 1; empty where unknown.
+    """
+
+    lengths: Tensor
+    query: Tensor
+    history: Tensor
+    history_lengths: Tensor
+    request_sparse: Tensor
+    request_dense: Tensor
+    product: Tensor
+    candidate_sparse: Tensor
+    candidate_dense: Tensor
+    clicked: Tensor
+
+    @classmethod
+    def from_records(cls, records: pa.Table, schema: DatasetSchema) -> "RequestBatch":
+        """Make a batch of request records (one row a request); ``clicked`` may be absent."""
+        request = {f.name: records[f.name] for f in schema.features if f.level == "request"}
+        candidate = {
+            f.name: _flatten(records[f.name]) for f in schema.features if f.level == "candidate"
+        }
+        history = records[columns.PURCHASE_HISTORY]
+        products = records[columns.PRODUCT_ID]
+        clicked = np.zeros(0, np.float32)
+        if columns.CLICKED in records.column_names:
+            clicked = dense_values(_flatten(records[columns.CLICKED]))
+        product_ids = sparse_ids(_flatten(products))
+        return cls(
+            lengths=_lengths(products),
+            query=torch.from_numpy(sparse_ids(records[columns.QUERY])),
+            history=torch.from_numpy(sparse_ids(_flatten(history))),
+            history_lengths=_lengths(history),
+            request_sparse=_sparse(request, schema.names("sparse", "request"), len(records)),
+            request_dense=_dense(request, schema.names("dense", "request"), len(records)),
+            product=torch.from_numpy(product_ids),
+            candidate_sparse=_sparse(
+                candidate, schema.names("sparse", "candidate"), len(product_ids)
+            ),
+            candidate_dense=_dense(candidate, schema.names("dense", "candidate"), len(product_ids)),
+            clicked=torch.from_numpy(clicked),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordFiles:
+    """Files of request records, addressed by row group."""
+
+    units: tuple[tuple[Path, int], ...]
+
+    @classmethod
+    def open(cls, paths: Iterable[Path]) -> "RecordFiles":
+        """List the row groups of ``paths`` in order."""
+        return cls(
+            units=tuple(
+                (path, group)
+                for path in paths
+                for group in range(pq.read_metadata(path).num_row_groups)
+            )
+        )
+
+    def chunks(
+        self, groups: int, *, seed: int | None = None, epoch: int = 0, skip: int = 0
+    ) -> Iterator[pa.Table]:
+        """Yield tables of ``groups`` row groups each, from the ``skip``-th on.
+
+        With a seed the row groups are drawn in an order, and the requests of a chunk put in an
+        order, that depend on seed and epoch alone; without one the order is the files'.
+        """
+        order = np.arange(len(self.units))
+        if seed is not None:
+            order = np.random.default_rng([seed, epoch]).permutation(order)
+        for number, start in enumerate(range(0, len(order), groups)):
+            if number < skip:
+                continue
+            table = pa.concat_tables(
+                [self._read(*self.units[i]) for i in order[start : start + groups]]
+            )
+            if seed is not None:
+                generator = np.random.default_rng([seed, epoch, number])
+                table = table.take(pa.array(generator.permutation(len(table))))
+            yield table
+
+    def number_of_chunks(self, groups: int) -> int:
+        """Return how many tables `chunks` yields."""
+        return -(-len(self.units) // groups)
+
+    @staticmethod
+    def _read(path: Path, group: int) -> pa.Table:
+        with pq.ParquetFile(path) as file:
+            return file.read_row_group(group, use_threads=False)
+
+
+def prefetch(
+    items: Iterable[Item], work: Callable[[Item], Result], depth: int = 1
+) -> Iterator[Result]:
+    """Yield ``work(item)`` in order; up to ``depth`` results are made ahead in a worker thread.
+
+    The worker's torch operations use one thread, so that they share the cores with the consumer's.
+    An exception in the worker is raised here. The worker ends when the consumer stops early.
+    """
+    results: queue.Queue[tuple[bool, object]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(done: bool, value: object) -> None:
+        while not stopped.is_set():
+            try:
+                results.put((done, value), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        torch.set_num_threads(1)
+        started.set()
+        try:
+            for item in items:
+                put(False, work(item))
+                if stopped.is_set():
+                    return
+            put(True, None)
+        except BaseException as error:
+            put(True, error)
+
+    threads = torch.get_num_threads()
+    started = threading.Event()
+    worker = threading.Thread(target=produce, name="prefetch", daemon=True)
+    worker.start()
+    started.wait()
+    torch.set_num_threads(threads)  # torch also remembers the worker's number for new threads
+    try:
+        while True:
+            done, value = results.get()
+            if done:
+                if isinstance(value, BaseException):
+                    raise value
+                return
+            yield value  # type: ignore[misc]
+    finally:
+        stopped.set()
+        worker.join()
+
+
+def sparse_ids(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Return the raw ids (int64, [N]) of a column of integers or strings.
+
+    Strings are hashed once each; nulls become `MISSING_ID`.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if pa.types.is_integer(column.type):
+        return column.cast(pa.int64()).fill_null(MISSING_ID).to_numpy(zero_copy_only=False)
+    if not pa.types.is_dictionary(column.type):
+        column = pc.dictionary_encode(column, null_encoding="encode")
+    hashes = hash_strings(column.dictionary)
+    return hashes[column.indices.to_numpy(zero_copy_only=False)]
+
+
+def dense_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Return a numeric or bool column as float32 [N], NaN where null."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return column.cast(pa.float32()).fill_null(float("nan")).to_numpy(zero_copy_only=False)
+
+
+def _flatten(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks().flatten()
+
+
+def _lengths(column: pa.ChunkedArray) -> Tensor:
+    lengths = pc.list_value_length(column.combine_chunks()).cast(pa.int64())
+    return torch.from_numpy(lengths.to_numpy(zero_copy_only=False))
+
+
+def _sparse(table: dict[str, pa.Array], names: Sequence[str], number: int) -> Tensor:
+    found = [sparse_ids(table[name]) for name in names]
+    return torch.from_numpy(np.stack(found) if found else np.zeros((0, number), np.int64))
+
+
+def _dense(table: dict[str, pa.Array], names: Sequence[str], number: int) -> Tensor:
+    found = [dense_values(table[name]) for name in names]
+    return torch.from_numpy(np.stack(found) if found else np.zeros((0, number), np.float32))

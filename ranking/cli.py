@@ -1,0 +1,70 @@
+"""``train-ranker``: the main job."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from features.console import run_command, say
+from ranking.config import RankerConfig, from_toml
+
+DEFAULT_DATASET = "complete-journey"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Train and evaluate the click-through-rate ranker.
+
+    Without arguments: builds the default dataset, its embedding tables and request records, trains
+    on its training weeks, evaluates the week after and writes runs/complete-journey. A stopped run
+    carries on when the same command is given again.
+    """
+
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Dataset folder; data/complete-journey, built if need be, where not given."""
+    tables: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of embedding tables; DATA/tables, built if need be, where not given."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """The run's folder; runs/NAME-OF-THE-DATASET-FOLDER where not given."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
+    """Configuration; what it does not name keeps its default. A run's config.toml will do."""
+    model: Literal["two-tower", "dcn"] | None = None
+    """The ranker with its embedding tower, or the DCN baseline without."""
+    eval_week: int | None = None
+    """The week to evaluate; training ends the week before."""
+    seed: int | None = None
+    """Seed of weights and order."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(Options, _train, prog="train-ranker", arguments=arguments)
+
+
+def _train(options: Options) -> None:
+    config = resolve(options)
+    from features.prepare_data import ensure_dataset
+
+    from ranking.run import command_line, train_ranker
+
+    data = options.data or Path("data") / DEFAULT_DATASET
+    if options.data is None:
+        ensure_dataset(DEFAULT_DATASET, data)
+    output = options.output or Path("runs") / data.resolve().name
+    say(f"training on {data} into {output}")
+    train_ranker(
+        data, output, tables=options.tables, config=config, command=command_line("train-ranker")
+    )
+
+
+def resolve(options: Options) -> RankerConfig:
+    """Return the configuration that the options ask for."""
+    config = from_toml(options.config, RankerConfig) if options.config else RankerConfig()
+    if options.model is not None:
+        tower = options.model == "two-tower"
+        config = replace(config, model=replace(config.model, embedding_tower=tower))
+    given = {"evaluate_week": options.eval_week, "seed": options.seed}
+    changes = {key: value for key, value in given.items() if value is not None}
+    return replace(config, training=replace(config.training, **changes))

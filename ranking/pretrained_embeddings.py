@@ -1,0 +1,187 @@
+"""Pretrained embedding tables inside the model (the paper's Section 4.3.2).
+
+Legend: ``B`` bags, ``L`` ids of all bags, ``D`` embedding dimension, ``N`` rows of a table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from features.id_map import IdMap
+from ranking.versions import check_versions
+
+check_versions()
+
+from torchrec.modules.embedding_configs import (  # noqa: E402
+    DataType,
+    EmbeddingBagConfig,
+    PoolingType,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection  # noqa: E402
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection  # noqa: E402
+from torchrec.optim import RowWiseAdagrad  # noqa: E402
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor  # noqa: E402
+
+__all__ = [
+    "DataType",
+    "EmbeddingBagConfig",
+    "FusedEmbeddingBagCollection",
+    "KeyedJaggedTensor",
+    "PoolingType",
+    "PretrainedEmbeddingBagCollection",
+    "PretrainedTable",
+    "RowWiseAdagrad",
+]
+
+TableMode = Literal["frozen", "fine-tuned", "random"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainedTable:
+    """The pretrained content of a table.
+
+    Attributes:
+        ids: [N] int64 raw ids.
+        weight: [N, D] float32 or float16.
+    """
+
+    ids: np.ndarray
+    weight: np.ndarray
+
+
+class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
+    """An `EmbeddingBagCollection` over pretrained tables, looked up by raw ids.
+
+    It differs from its parent in four ways:
+
+    - Raw ids go in. The map from id to row is part of the module; row 0, a zero vector, belongs to
+      every id that is not known, so that no id is out of range.
+    - One call may name some of the features only. Features of candidates and of requests have
+      another number of bags, so that each level is one call::
+
+        #              request 0   request 1
+        # "history"    [17, 20]    []                 2 bags
+        # "query"      [5]         [9]                2 bags
+        tables(KeyedJaggedTensor(["history", "query"], ...))
+        #              candidates
+        # "product"    [17] [31] [20]                 3 bags
+        tables(KeyedJaggedTensor(["product"], ...))
+
+    - Frozen tables are buffers: no gradient, no optimiser state, float16 or float32.
+    - Trained tables (``fine-tuned``, ``random``) are float32 and are updated in the backward pass
+      by row-wise Adagrad, only in the rows that were read; row 0 stays zero.
+
+    An empty bag gives a zero vector, as does one of unknown ids only. Mean pooling divides by the
+    ids of a bag, unknown ones included.
+
+    Args:
+        tables: one configuration a table; ``num_embeddings`` is the table's rows and the unknown
+            one. Several features may read one table.
+        pretrained: content by table name.
+        mode: ``frozen``, ``fine-tuned`` or ``random``.
+        learning_rate: of trained tables.
+
+    Raises:
+        ValueError: a table's content does not fit its configuration.
+    """
+
+    def __init__(
+        self,
+        tables: list[EmbeddingBagConfig],
+        pretrained: Mapping[str, PretrainedTable],
+        mode: TableMode = "frozen",
+        learning_rate: float = 0.01,
+    ) -> None:
+        super().__init__(tables=tables, device=torch.device("meta"))
+        self.mode = mode
+        self.id_maps = nn.ModuleDict()
+        self._fused = nn.ModuleDict()
+        self._table_of = {name: t.name for t in tables for name in t.feature_names}
+        for table in tables:
+            content = pretrained[table.name]
+            expected = (table.num_embeddings - 1, table.embedding_dim)
+            if content.weight.shape != expected:
+                raise ValueError(
+                    f"table '{table.name}' is configured as {expected}, got {content.weight.shape}"
+                )
+            self.id_maps[table.name] = IdMap(content.ids)
+            if mode == "frozen":
+                self._freeze(table, content)
+            else:
+                self._train(table, content, learning_rate)
+
+    def _freeze(self, table: EmbeddingBagConfig, content: PretrainedTable) -> None:
+        dtype = np.float16 if table.data_type == DataType.FP16 else np.float32
+        weight = np.zeros((table.num_embeddings, table.embedding_dim), dtype)
+        weight[1:] = content.weight
+        bag = self.embedding_bags[table.name]
+        del bag.weight
+        bag.register_buffer("weight", torch.from_numpy(weight))
+
+    def _train(self, table: EmbeddingBagConfig, content: PretrainedTable, rate: float) -> None:
+        alone = EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=[table.name],
+            pooling=table.pooling,
+        )
+        fused = FusedEmbeddingBagCollection(
+            [alone], RowWiseAdagrad, {"lr": rate, "eps": 1e-8}, device=torch.device("cpu")
+        )
+        self._fused[table.name] = fused
+        weight = fused.state_dict()[f"embedding_bags.{table.name}.weight"]
+        with torch.no_grad():
+            if self.mode == "fine-tuned":
+                weight[1:] = torch.from_numpy(content.weight.astype(np.float32))
+            else:
+                norm = float(np.sqrt(np.square(content.weight, dtype=np.float64).sum(1).mean()))
+                weight[1:].normal_(0, norm / table.embedding_dim**0.5)
+            weight[0] = 0
+        bag = self.embedding_bags[table.name]
+        del bag.weight
+        bag.register_buffer("weight", weight, persistent=False)  # a view of the fused table
+
+    def rows(self, feature: str, ids: Tensor) -> Tensor:
+        """Return the rows (int64) of raw ``ids`` (int64, any shape) for one feature."""
+        return self.id_maps[self._table_of[feature]](ids)
+
+    def pool(self, feature: str, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Return the pooled embeddings of bags of rows.
+
+        Args:
+            feature: a feature of one of the tables.
+            rows: [L] int64.
+            offsets: [B + 1] int64, where each bag begins; the last one is L.
+
+        Returns:
+            [B, D] float32.
+        """
+        table = self._table_of[feature]
+        if self.mode == "frozen" or not torch.is_grad_enabled():
+            return self.embedding_bags[table](rows, offsets).float()
+        features = KeyedJaggedTensor(keys=[table], values=rows, offsets=offsets)
+        return self._fused[table](features).values()
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool the features present.
+
+        Args:
+            features: raw ids; each key is a feature of one of the tables.
+
+        Returns:
+            For each key, in the order given, its pooled embeddings [B, D].
+        """
+        pooled = []
+        for name in features.keys():  # noqa: SIM118 (not a dict)
+            bags = features[name]
+            pooled.append(self.pool(name, self.rows(name, bags.values()), bags.offsets()))
+        return KeyedTensor(
+            keys=list(features.keys()),
+            length_per_key=[embedding.shape[1] for embedding in pooled],
+            values=torch.cat(pooled, dim=1),
+        )

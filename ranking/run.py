@@ -1,0 +1,360 @@
+"""A run: from a dataset folder to metrics, report, checkpoint and bundle in one folder.
+
+::
+
+    OUTPUT/
+      config.toml     resolved configuration      run.json      what the run was made of
+      metrics.json    figures by slice            report.html   the same, for people
+      checkpoint/     state of the training       tensorboard/  scalars
+      bundle/         what serving loads
+"""
+
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.progress import TextColumn
+
+from embeddings.build import build_tables
+from features.batch import RecordFiles, RequestBatch
+from features.console import print_table, progress_bar, say
+from features.errors import BadInputError
+from features.files import write_text
+from features.requests import RequestsManifest, build_requests
+from features.schema import DatasetSchema
+from features.transforms import LevelTransforms, fit
+from ranking.bundle import Bundle, PretrainedTables
+from ranking.config import RankerConfig, to_toml
+from ranking.metrics import Predictions, SliceMetrics, metrics_document, slice_metrics
+from ranking.ranker import Ranker
+from ranking.report import RunReport, format_slice_rows, write_report
+from ranking.training import Progress, Trainer, predict, seeded
+
+_PACKAGES = ("dashclip-ranker", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """Request records, and which of their weeks serve what.
+
+    Attributes:
+        schema: of the dataset.
+        manifest: of the request records.
+        train: weeks to train on.
+        validation: the week to watch, or None.
+        evaluate: the week to report.
+    """
+
+    schema: DatasetSchema
+    manifest: RequestsManifest
+    train: tuple[int, ...]
+    validation: int | None
+    evaluate: int
+
+    @classmethod
+    def plan(
+        cls, schema: DatasetSchema, manifest: RequestsManifest, config: RankerConfig
+    ) -> "TrainingData":
+        """Split the weeks as configuration and dataset say.
+
+        Raises:
+            BadInputError: a week is missing, or a part has clicks only or none.
+        """
+        evaluate = config.training.evaluate_week
+        train = [
+            w for w in manifest.weeks if evaluate - config.training.train_weeks <= w < evaluate
+        ]
+        validation = train.pop() if config.training.validation_week and train else None
+        manifest.path(evaluate)
+        parts = [("training", train), ("evaluation", [evaluate])]
+        if validation is not None:
+            parts.append(("validation", [validation]))
+        for what, weeks in parts:
+            rows = sum(manifest.weeks[w].rows for w in weeks)
+            clicks = sum(manifest.weeks[w].positives for w in weeks)
+            if not 0 < clicks < rows:
+                raise BadInputError(
+                    f"{manifest.folder}: the {what} weeks {_span(weeks)} have {rows} impressions "
+                    f"and {clicks} clicks; both clicks and non-clicks are needed"
+                )
+        return cls(
+            schema=schema,
+            manifest=manifest,
+            train=tuple(train),
+            validation=validation,
+            evaluate=evaluate,
+        )
+
+    def files(self, weeks: Sequence[int]) -> RecordFiles:
+        """Return the record files of some weeks."""
+        return RecordFiles.open([self.manifest.path(week) for week in weeks])
+
+    def rows(self, weeks: Sequence[int]) -> int:
+        """Return the number of candidates in some weeks."""
+        return sum(self.manifest.weeks[week].rows for week in weeks)
+
+    def fit_transforms(self, config: RankerConfig) -> tuple[LevelTransforms, LevelTransforms]:
+        """Fit the transforms of requests and of candidates on the training weeks."""
+        parts = []
+        for week in self.train:
+            records = pq.read_table(self.manifest.path(week))
+            batch = RequestBatch.from_records(records, self.schema)
+            parts.append(
+                (
+                    (batch.request_sparse.numpy(), batch.request_dense.numpy()),
+                    (batch.candidate_sparse.numpy(), batch.candidate_dense.numpy()),
+                )
+            )
+        request, candidate = (
+            fit(
+                self.schema.names("sparse", level),
+                self.schema.names("dense", level),
+                (part[number] for part in parts),
+                config.transforms,
+            )
+            for number, level in enumerate(("request", "candidate"))
+        )
+        return request, candidate
+
+
+def train_ranker(
+    data: Path,
+    output: Path,
+    *,
+    tables: Path | None = None,
+    config: RankerConfig | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train and evaluate a ranker on a dataset folder; returns the content of ``metrics.json``.
+
+    A run that was stopped carries on; one that is complete is not repeated.
+
+    Args:
+        data: dataset folder; its request records are built into ``data/requests`` if need be.
+        output: the run's folder.
+        tables: folder of embedding tables; built into ``data/tables`` where None.
+        config: of model, transforms and training.
+        command: the command line, for the report.
+
+    Raises:
+        BadInputError: an input breaks a rule, or ``output`` holds another run.
+    """
+    schema = DatasetSchema.load(data)
+    with progress_bar() as bar:
+        task = bar.add_task("request records", total=None)
+        manifest = build_requests(
+            data,
+            data / "requests",
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    config = _resolve(config or RankerConfig(), schema, manifest)
+    split = TrainingData.plan(schema, manifest, config)
+    pretrained = None
+    if config.model.embedding_tower:
+        if tables is None:
+            tables = data / "tables"
+            build_tables(data, tables)
+        pretrained = PretrainedTables.read(tables)
+    run = _Run(split, pretrained, config, output, command)
+    return run.execute()
+
+
+class _Run:
+    """One run and its folder."""
+
+    def __init__(
+        self,
+        data: TrainingData,
+        tables: PretrainedTables | None,
+        config: RankerConfig,
+        output: Path,
+        command: str,
+    ) -> None:
+        self.data = data
+        self.tables = tables
+        self.config = config
+        self.output = output
+        self.command = command or f"train_ranker into {output.name}"
+
+    def execute(self) -> dict[str, Any]:
+        self._claim()
+        finished = self.output / METRICS
+        if finished.exists():
+            say(f"{self.output}: this run is complete; its figures:")
+            metrics = json.loads(finished.read_text(encoding="utf-8"))
+            self._show(metrics["slices"])
+            return metrics
+        training = self.config.training
+        say(f"fitting transforms on weeks {_span(self.data.train)}")
+        request, candidate = self.data.fit_transforms(self.config)
+        with seeded(training.seed):
+            ranker = Ranker(
+                self.config.model,
+                request,
+                candidate,
+                self.tables.content if self.tables else None,
+                sparse_learning_rate=training.sparse_learning_rate,
+                table_learning_rate=training.table_learning_rate,
+            )
+        progress = self._train(ranker)
+        say(f"evaluating week {self.data.evaluate}")
+        files = self.data.files([self.data.evaluate])
+        predictions = predict(ranker, self.data.schema, files)
+        return self._write(ranker, progress, predictions)
+
+    def _claim(self) -> None:
+        """Make the folder this run's, or find that it is already.
+
+        Raises:
+            BadInputError: it holds something else.
+        """
+        identity = {
+            "dataset": self.data.schema.name,
+            "data_fingerprint": self.data.manifest.fingerprint,
+            "table_fingerprint": self.tables.fingerprint if self.tables else "",
+        }
+        config = to_toml(self.config)
+        record, resolved = self.output / "run.json", self.output / "config.toml"
+        if record.exists() and resolved.exists():
+            found = {k: v for k, v in json.loads(record.read_text()).items() if k in identity}
+            if found != identity or resolved.read_text(encoding="utf-8") != config:
+                reason = "configuration" if found == identity else "data or tables"
+                raise BadInputError(
+                    f"{self.output}: holds another run (its {reason} differs); "
+                    "choose another --output or remove it"
+                )
+            return
+        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise BadInputError(
+                f"{self.output}: exists and is not a run; choose another --output or remove it"
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_text(resolved, config)
+        write_text(
+            record,
+            json.dumps(identity | {"command": self.command, "versions": versions()}, indent=2),
+        )
+
+    def _train(self, ranker: Ranker) -> Progress:
+        from torch.utils.tensorboard import SummaryWriter
+
+        data, config = self.data, self.config.training
+        rows = data.rows(data.train)
+        validation = data.files([data.validation]) if data.validation is not None else None
+        trainer = Trainer(ranker, data.schema, data.files(data.train), rows, config, validation)
+        shown = TextColumn("{task.fields[speed]} rows/s, loss {task.fields[loss]}")
+        with progress_bar(shown) as bar, SummaryWriter(self.output / "tensorboard") as board:
+            task = bar.add_task("training", total=rows * config.epochs, speed="–", loss="–")  # noqa: RUF001
+            average = 0.0
+
+            def on_step(progress: Progress, loss: float) -> None:
+                nonlocal average
+                average = loss if average == 0 else 0.98 * average + 0.02 * loss
+                if progress.step % 50 == 0:
+                    speed = progress.rows / max(progress.seconds, 1e-9)
+                    bar.update(
+                        task, completed=progress.rows, speed=f"{speed:,.0f}", loss=f"{average:.4f}"
+                    )
+                    board.add_scalar("train/log_loss", average, progress.rows)
+                    board.add_scalar("train/rows_per_second", speed, progress.rows)
+
+            progress = trainer.run(self.output / "checkpoint" / "state.safetensors", on_step)
+            for epoch, loss in enumerate(progress.validation):
+                board.add_scalar("validation/log_loss", loss, epoch)
+        return progress
+
+    def _write(
+        self, ranker: Ranker, progress: Progress, predictions: Predictions
+    ) -> dict[str, Any]:
+        slices = slice_metrics(predictions)
+        metrics = metrics_document(
+            dataset=self.data.schema.name,
+            model="two-tower" if self.config.model.embedding_tower else "dcn",
+            seed=self.config.training.seed,
+            slices=slices,
+            training={
+                "rows": progress.rows,
+                "seconds": progress.seconds,
+                "rows_per_second": progress.rows / max(progress.seconds, 1e-9),
+                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            },
+        )
+        fingerprint = self.tables.fingerprint if self.tables else ""
+        Bundle(
+            ranker=ranker,
+            schema=self.data.schema,
+            config=self.config,
+            window_days=self.data.manifest.window_days,
+            history_cap=self.data.manifest.history_cap,
+            table_fingerprint=fingerprint,
+            provenance={"versions": versions(), "data_fingerprint": self.data.manifest.fingerprint},
+        ).save(self.output / "bundle")
+        report = RunReport(
+            metrics=metrics,
+            predictions=predictions,
+            loss_curve=progress.losses,
+            caveat=self.data.schema.caveat,
+            evaluated_on=f"week {self.data.evaluate}",
+            config=to_toml(self.config),
+            command=self.command,
+            versions=versions(),
+            data_fingerprint=self.data.manifest.fingerprint,
+            table_fingerprint=fingerprint,
+        )
+        write_report(self.output / "report.html", report)
+        text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+        write_text(self.output / METRICS, text)
+        self._show(slices)
+        return metrics
+
+    def _show(self, slices: dict[str, SliceMetrics]) -> None:
+        header, rows = format_slice_rows(slices)
+        print_table(f"{self.data.schema.name}, week {self.data.evaluate}", header, rows)
+        if self.data.schema.caveat:
+            say(f"Caveat: {self.data.schema.caveat}")
+        say(f"Report: {self.output / 'report.html'}")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a figure depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _resolve(
+    config: RankerConfig, schema: DatasetSchema, manifest: RequestsManifest
+) -> RankerConfig:
+    """Fill in the weeks that the configuration leaves to the dataset."""
+    last = max(manifest.weeks)
+    weeks = schema.weeks
+    training = config.training
+    return replace(
+        config,
+        training=replace(
+            training,
+            evaluate_week=training.evaluate_week or (weeks.evaluate if weeks else last),
+            train_weeks=training.train_weeks or (weeks.train if weeks else 30),
+        ),
+    )
+
+
+def _span(weeks: Sequence[int]) -> str:
+    return f"{min(weeks)} to {max(weeks)}" if weeks else "(none)"
+
+
+def command_line(prog: str) -> str:
+    """Return the process's command line with the command's plain name."""
+    return " ".join([prog, *sys.argv[1:]])

@@ -1,0 +1,289 @@
+"""The training loop: batches in a reproducible order, checkpoints, exact resume.
+
+A run is cut into chunks of row groups (`features.batch.RecordFiles`). A checkpoint is written
+after a chunk and holds everything that the next chunk depends on, so that a run killed at any
+moment continues with the very same batches.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from features.batch import RecordFiles, RequestBatch, prefetch
+from features.errors import BadInputError
+from features.schema import DatasetSchema
+from ranking.allocator import keep_freed_memory
+from ranking.checkpoint import copy_into, load_state, save_state
+from ranking.config import TrainingConfig
+from ranking.metrics import Predictions
+from ranking.ranker import EncodedBatch, Ranker
+
+EVALUATION_ROWS = 1 << 14
+_SECTIONS = ("model", "adam", "tables", "best")
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far a run is; saved with each checkpoint.
+
+    Attributes:
+        epoch: the current epoch, from 0.
+        chunk: chunks of it that are done.
+        step: optimiser steps so far.
+        rows: candidates trained on so far.
+        seconds: time spent in training, over all resumed parts.
+        losses: (rows so far, mean log loss since the last entry).
+        validation: log loss of the validation week after each epoch.
+    """
+
+    epoch: int = 0
+    chunk: int = 0
+    step: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a `Ranker` on request records.
+
+    Args:
+        ranker: the model; changed in place.
+        schema: of the records.
+        files: training records.
+        total_rows: candidates in them, which fix the number of steps.
+        config: how to train.
+        validation: records of the validation week, or None.
+    """
+
+    def __init__(
+        self,
+        ranker: Ranker,
+        schema: DatasetSchema,
+        files: RecordFiles,
+        total_rows: int,
+        config: TrainingConfig,
+        validation: RecordFiles | None = None,
+    ) -> None:
+        self.ranker = ranker
+        self.schema = schema
+        self.files = files
+        self.config = config
+        self.validation = validation
+        self.progress = Progress()
+        self.total_rows = total_rows * config.epochs
+        self._tables = ranker.table_optimizers()
+        self._peaks = {
+            name: config.table_learning_rate
+            if name.startswith("pretrained")
+            else config.sparse_learning_rate
+            for name, _ in self._tables
+        }
+        matrices = [p for p in ranker.dense_parameters() if p.dim() > 1]
+        vectors = [p for p in ranker.dense_parameters() if p.dim() <= 1]
+        self._adam = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            fused=True,
+        )
+        self._best: dict[str, Tensor] = {}
+
+    def run(
+        self,
+        checkpoint: Path | None = None,
+        on_step: Callable[[Progress, float], None] | None = None,
+    ) -> Progress:
+        """Train to the end, from the checkpoint where there is one.
+
+        Args:
+            checkpoint: file that holds the run's state between chunks.
+            on_step: called with the progress and the loss of the batch after each step.
+
+        Raises:
+            BadInputError: the loss became NaN or infinite, or the checkpoint does not fit.
+        """
+        torch.set_num_threads(self.config.threads)
+        keep_freed_memory()
+        if checkpoint is not None and checkpoint.exists():
+            self._restore(checkpoint)
+        saved = time.monotonic()
+        while self.progress.epoch < self.config.epochs:
+            for batches in self._chunks():
+                self._train_chunk(batches, on_step)
+                if checkpoint and time.monotonic() - saved > self.config.checkpoint_seconds:
+                    self._save(checkpoint)
+                    saved = time.monotonic()
+            self._end_epoch()
+            if checkpoint:
+                self._save(checkpoint)
+        if self._best:
+            copy_into(self.ranker.trained_state(), self._best, "best epoch")
+        return self.progress
+
+    def _chunks(self) -> Iterator[EncodedBatch]:
+        chunks = self.files.chunks(
+            self.config.chunk_groups,
+            seed=self.config.seed,
+            epoch=self.progress.epoch,
+            skip=self.progress.chunk,
+        )
+        return prefetch(
+            chunks, lambda t: self.ranker.encode(RequestBatch.from_records(t, self.schema))
+        )
+
+    def _train_chunk(
+        self, chunk: EncodedBatch, on_step: Callable[[Progress, float], None] | None
+    ) -> None:
+        progress = self.progress
+        total, rows = 0.0, 0
+        for number, batch in enumerate(chunk.split(self.config.batch_rows)):
+            began = time.monotonic()
+            loss = self._step(batch)
+            if not math.isfinite(loss):
+                raise BadInputError(
+                    f"the loss became {loss} in epoch {progress.epoch + 1}, chunk "
+                    f"{progress.chunk}, batch {number} (step {progress.step}): lower the learning "
+                    "rates or look for extreme values in the dense features"
+                )
+            progress.step += 1
+            progress.rows += len(batch.clicked)
+            progress.seconds += time.monotonic() - began
+            total += loss * len(batch.clicked)
+            rows += len(batch.clicked)
+            if on_step:
+                on_step(progress, loss)
+        progress.chunk += 1
+        if rows:
+            progress.losses.append((progress.rows, total / rows))
+
+    def _step(self, batch: EncodedBatch) -> float:
+        self._set_rates(self.progress.rows / max(self.total_rows, 1))
+        bf16 = self.config.precision == "bfloat16"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            logits = self.ranker(batch)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.clicked)
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()
+        self._adam.step()
+        return loss.item()
+
+    def _set_rates(self, done: float) -> None:
+        """Set the learning rates at the share ``done`` of the run: linear warm-up, then cosine."""
+        warmup = self.config.warmup
+        if done < warmup:
+            factor = (done + 1e-3) / (warmup + 1e-3)
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup + 1e-9)))
+        for group in self._adam.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+        for name, optimizer in self._tables:
+            for group in optimizer.param_groups:
+                group["lr"] = self._peaks[name] * factor
+            optimizer.step()  # hands the rate to the fused lookup; it updates no weight
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        progress.epoch += 1
+        progress.chunk = 0
+        if self.validation is None:
+            return
+        predictions = predict(self.ranker, self.schema, self.validation)
+        p = np.clip(predictions.probability, 1e-7, 1 - 1e-7)
+        loss = -np.where(predictions.clicked, np.log(p), np.log1p(-p)).mean()
+        if loss < min(progress.validation, default=math.inf):
+            self._best = {k: v.clone() for k, v in self.ranker.trained_state().items()}
+        progress.validation.append(float(loss))
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        tables = {}
+        for name, optimizer in self._tables:
+            for parameter, values in optimizer.state_dict()["state"].items():
+                for key, value in values.items():
+                    tables[f"{name}/{parameter}/{key}"] = value
+        adam = {}
+        for number, values in self._adam.state_dict()["state"].items():
+            for key, value in values.items():
+                adam[f"{number}/{key}"] = value
+        return {"model": self.ranker.trained_state(), "adam": adam, "tables": tables}
+
+    def _save(self, path: Path) -> None:
+        sections = self._state() | {"best": self._best}
+        tensors = {f"{s}/{n}": t for s, part in sections.items() for n, t in part.items()}
+        save_state(path, tensors, asdict(self.progress))
+
+    def _restore(self, path: Path) -> None:
+        tensors, header = load_state(path)
+        saved: dict[str, dict[str, Tensor]] = {section: {} for section in _SECTIONS}
+        for name, tensor in tensors.items():
+            section, _, rest = name.partition("/")
+            saved[section][rest] = tensor
+        current = self._state()
+        copy_into(current["model"], saved["model"], str(path))
+        copy_into(current["tables"], saved["tables"], str(path))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in saved["adam"].items():
+            number, _, key = name.partition("/")
+            state.setdefault(int(number), {})[key] = tensor
+        groups = self._adam.state_dict()["param_groups"]
+        self._adam.load_state_dict({"state": state, "param_groups": groups})
+        self._best = saved["best"]
+        header["losses"] = [tuple(entry) for entry in header["losses"]]
+        self.progress = Progress(**header)
+
+
+@torch.no_grad()
+def predict(
+    ranker: Ranker,
+    schema: DatasetSchema,
+    files: RecordFiles,
+    on_rows: Callable[[int], None] | None = None,
+) -> Predictions:
+    """Score all records, in the order of the files.
+
+    Args:
+        ranker: the model.
+        schema: of the records.
+        files: request records with labels.
+        on_rows: called with the number of candidates of each batch scored.
+    """
+
+    def encode(table: Any) -> tuple[RequestBatch, EncodedBatch]:
+        raw = RequestBatch.from_records(table, schema)
+        return raw, ranker.encode(raw)
+
+    scores, clicked, lengths, history = [], [], [], []
+    for raw, chunk in prefetch(files.chunks(16), encode):
+        for batch in chunk.split(EVALUATION_ROWS):
+            scores.append(torch.sigmoid(ranker(batch)).numpy())
+            if on_rows:
+                on_rows(len(scores[-1]))
+        clicked.append(raw.clicked.numpy() > 0)
+        lengths.append(raw.lengths.numpy())
+        history.append(raw.history_lengths.numpy() > 0)
+    return Predictions(
+        clicked=np.concatenate(clicked),
+        probability=np.concatenate(scores),
+        lengths=np.concatenate(lengths),
+        with_history=np.concatenate(history),
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw initial weights from ``seed`` and leave torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
