@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.installed-$(FLAVOUR)
 DEVELOPMENT := $(VENV)/.installed-$(FLAVOUR)-dev
 
-.PHONY: train-ranker test lint setup clean
+.PHONY: train-ranker test lint setup
 .DELETE_ON_ERROR:
 
 train-ranker: $(RUNTIME)
@@ -30,9 +30,6 @@ lint: $(DEVELOPMENT)
 	$(BIN)/mypy
 
 setup: $(RUNTIME)
-
-clean:
-	rm -rf $(VENV)
 
 $(RUNTIME): requirements/common.txt requirements/$(FLAVOUR).txt requirements/torchrec.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is %d.%d: name another, as in `make PYTHON=python3.12`" % sys.version_info[:2])'
