@@ -15,6 +15,7 @@ Impressions of products that the catalog does not hold are allowed and counted.
 """
 
 import difflib
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,7 +71,11 @@ _TIME = _Kind("a timestamp", pa.types.is_timestamp, "{}::TIMESTAMP", pa.timestam
 # DuckDB reads a time zone without its ICU extension, which wheels do not carry, only as an instant.
 _INSTANT = replace(_TIME, read="make_timestamp(epoch_us({}::TIMESTAMPTZ))")
 _TRUTH = _Kind("a boolean", pa.types.is_boolean, "{}::BOOLEAN", pa.bool_())
-_NUMBER = _Kind("a number", _is_number, "nullif({}::FLOAT, 'nan'::FLOAT)", pa.float32())
+# NaN is a missing value. A comparison with NaN would do, were it not decided by the file's minimum
+# and maximum, which leave NaN out.
+_NUMBER = _Kind(
+    "a number", _is_number, "CASE WHEN NOT isnan({0}::FLOAT) THEN {0}::FLOAT END", pa.float32()
+)
 _SPARSE = _Kind("an integer or text", lambda t: pa.types.is_integer(t) or _is_text(t), "", None)
 
 _CATALOG_KINDS = {columns.PRODUCT_ID: _INTEGER, columns.TITLE: _TEXT}
@@ -112,7 +117,7 @@ class DataTable:
 
     def scan(self, options: str) -> str:
         """Return SQL that reads the files, with further ``read_parquet`` options."""
-        files = ", ".join(_sql_text(str(file)) for file in self.files)
+        files = ", ".join(text(str(file)) for file in self.files)
         return f"read_parquet([{files}], union_by_name = true, hive_partitioning = false{options})"
 
     def select(self, *names: str, source: str | None = None) -> str:
@@ -191,15 +196,14 @@ def reading(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (
-        duckdb.ConversionException,
-        duckdb.InvalidInputException,
-        duckdb.IOException,
-        duckdb.OutOfRangeException,
-    ) as error:
+    except duckdb.Error as error:
+        # Damaged pages come as the bare base class; other programming errors are our own.
+        blamed = (duckdb.DataError, duckdb.OperationalError, duckdb.InvalidInputException)
+        if type(error) is not duckdb.Error and not isinstance(error, blamed):
+            raise
         message = str(error).splitlines()[0]
-        if "No space left" in message:
-            raise OSError(28, "No space left on device", str(folder)) from error
+        if "No space left" in message or "max_temp_directory_size" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
         raise BadInputError(f"{folder}: cannot be read: {message}") from error
 
 
@@ -208,8 +212,9 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _sql_text(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def text(value: str) -> str:
+    """Return ``value`` as an SQL string."""
+    return "'" + value.replace("'", "''") + "'"
 
 
 def _impression_kinds(folder: Path, schema: DatasetSchema) -> dict[str, _Kind]:

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,17 +28,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features import columns
-from features.dataset import Dataset, reading
+from features.dataset import EARLIEST, LATEST, Dataset, DataTable, reading, text
 from features.errors import BadInputError
 from features.files import atomic_file, fingerprint, write_text
 from features.history import purchase_histories
+from features.manifest import MANIFEST, RequestsManifest, WeekCounts, week_path
 from features.schema import Weeks
 
 if TYPE_CHECKING:
     import duckdb
 
 ROW_GROUP = 1024
-_MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished.json"
 _SCRATCH = ".scratch"
 
@@ -48,78 +48,10 @@ _SLICE_REQUESTS = 1 << 16
 _WORKERS = 2
 _MEMORY_LIMIT = "4GB"
 
+# Impressions are sorted first where reading them week by week would read each row more often.
+_READ_AT_MOST = 3
+
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeekCounts:
-    """What one week of request records holds.
-
-    Attributes:
-        requests: number of requests.
-        rows: number of impressions (candidates of all requests).
-        positives: number of clicked impressions.
-    """
-
-    requests: int
-    rows: int
-    positives: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestsManifest:
-    """A folder of request records.
-
-    Attributes:
-        folder: where the records lie.
-        dataset: name of the dataset.
-        fingerprint: SHA-256 of the dataset's files.
-        window_days: length of the purchase-history window.
-        history_cap: the most products in a history.
-        unknown_products: impressions whose product the catalog does not hold.
-        weeks: counts of each week, ascending.
-    """
-
-    folder: Path
-    dataset: str
-    fingerprint: str
-    window_days: int
-    history_cap: int
-    unknown_products: int
-    weeks: dict[int, WeekCounts]
-
-    @classmethod
-    def load(cls, folder: Path) -> "RequestsManifest":
-        """Read ``folder/manifest.json``.
-
-        Raises:
-            BadInputError: ``folder`` does not hold finished request records.
-        """
-        path = folder / _MANIFEST
-        if not path.is_file():
-            raise BadInputError(f"{folder}: holds no finished request records (no {_MANIFEST})")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            weeks = {int(week): WeekCounts(**c) for week, c in content.pop("weeks").items()}
-            return cls(folder=folder, weeks=weeks, **content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInputError(f"{path}: not a manifest of request records: {error}") from error
-
-    def path(self, week: int) -> Path:
-        """Return the Parquet file of ``week``.
-
-        Raises:
-            BadInputError: the records hold no such week.
-        """
-        if week not in self.weeks:
-            known = f"{min(self.weeks)} to {max(self.weeks)}"
-            raise BadInputError(f"{self.folder}: holds no week {week}; it holds weeks {known}")
-        return _week_path(self.folder, week)
-
-    def _save(self) -> None:
-        content = asdict(self)
-        del content["folder"]
-        write_text(self.folder / _MANIFEST, json.dumps(content, indent=2) + "\n")
 
 
 def build_requests(
@@ -151,6 +83,8 @@ def build_requests(
     for name, value in (("window_days", window_days), ("history_cap", history_cap)):
         if value < 1:
             raise BadInputError(f"{name} must be 1 or more, got {value}")
+    if output.exists() and not output.is_dir():
+        raise BadInputError(f"{output}: is a file, expected a folder for the request records")
     opened = Dataset.open(dataset)
     key: dict[str, Any] = {
         "dataset": opened.schema.name,
@@ -158,7 +92,7 @@ def build_requests(
         "window_days": window_days,
         "history_cap": history_cap,
     }
-    if (output / _MANIFEST).exists():
+    if (output / MANIFEST).exists():
         manifest = RequestsManifest.load(output)
         if all(getattr(manifest, name) == value for name, value in key.items()):
             return manifest
@@ -174,6 +108,7 @@ def build_requests(
             build = _Build(
                 connection=connection,
                 dataset=opened,
+                impressions=_by_time(connection, opened.impressions),
                 output=output,
                 window_days=window_days,
                 history_cap=history_cap,
@@ -182,17 +117,18 @@ def build_requests(
             )
             build.run(progress)
     manifest = RequestsManifest(folder=output, weeks=weeks, unknown_products=unknown, **key)
-    manifest._save()
+    manifest.save()
     (output / _UNFINISHED).unlink()
     return manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Build:
-    """What the workers share."""
+    """What the workers share; ``impressions`` is SQL that a span of time is read from cheaply."""
 
     connection: "duckdb.DuckDBPyConnection"
     dataset: Dataset
+    impressions: str
     output: Path
     window_days: int
     history_cap: int
@@ -201,7 +137,7 @@ class _Build:
 
     def run(self, progress: Progress | None) -> None:
         """Write the weeks that are missing, several at a time."""
-        missing = [week for week in self.weeks if not _week_path(self.output, week).exists()]
+        missing = [week for week in self.weeks if not week_path(self.output, week).exists()]
         done = len(self.weeks) - len(missing)
         with ThreadPoolExecutor(_WORKERS) as pool:
             running = [pool.submit(self.write_week, week) for week in missing]
@@ -225,7 +161,7 @@ class _Build:
         pending = schema.empty_table()
         with (
             self.connection.cursor() as cursor,
-            atomic_file(_week_path(self.output, week)) as scratch,
+            atomic_file(week_path(self.output, week)) as scratch,
             _writer(scratch, schema) as writer,
         ):
             for first, last in pairwise(times):
@@ -241,7 +177,7 @@ class _Build:
         """Return the records of the requests in ``[first, last)``."""
         rows = pa.table(
             cursor.sql(
-                f"SELECT * FROM ({self.dataset.impressions.select()}) "
+                f"SELECT * FROM ({self.impressions}) "
                 f"WHERE requested_at >= TIMESTAMP '{first}' AND requested_at < TIMESTAMP '{last}' "
                 "ORDER BY requested_at, request_id, product_id"
             )
@@ -290,10 +226,6 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _week_path(folder: Path, week: int) -> Path:
-    return folder / f"week-{week:04d}.parquet"
-
-
 def _fingerprint(dataset: Dataset) -> str:
     tables = (dataset.catalog, dataset.purchases, dataset.impressions)
     return fingerprint(dataset.folder / "dataset.toml", *(table.path for table in tables))
@@ -310,7 +242,7 @@ def _engine(output: Path) -> Iterator["duckdb.DuckDBPyConnection"]:
         "memory_limit": _MEMORY_LIMIT,
         "preserve_insertion_order": False,
         "temp_directory": str(scratch),
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": os.cpu_count() or 1,
     }
     try:
         with duckdb.connect(config=config) as connection:
@@ -350,6 +282,32 @@ def _plan(
     return calendar, weeks
 
 
+def _by_time(connection: "duckdb.DuckDBPyConnection", table: DataTable) -> str:
+    """Return SQL of the impressions that can be read week by week, sorting them once if need be.
+
+    Files in the order of time are read where they are: their row groups say which times they hold.
+    """
+    files = ", ".join(text(str(file)) for file in table.files)
+    row = connection.execute(
+        f"""
+        SELECT sum(row_group_num_rows * (1 + date_diff('day', lowest, highest) / 7))
+            / sum(row_group_num_rows)
+        FROM (
+            SELECT
+                row_group_num_rows,
+                coalesce(stats_min_value, '{EARLIEST}')::TIMESTAMP AS lowest,
+                coalesce(stats_max_value, '{LATEST}')::TIMESTAMP AS highest,
+            FROM parquet_metadata([{files}]) WHERE path_in_schema = '{columns.REQUESTED_AT}'
+        )
+        """
+    ).fetchone()
+    assert row is not None
+    if row[0] <= _READ_AT_MOST:
+        return table.select()
+    connection.execute(f"CREATE TABLE impressions AS {table.select()} ORDER BY requested_at")
+    return "FROM impressions"
+
+
 def _count_unknown(connection: "duckdb.DuckDBPyConnection", dataset: Dataset) -> int:
     """Return the number of impressions whose product the catalog does not hold."""
     row = connection.execute(
@@ -367,6 +325,6 @@ def _make_room(output: Path, key: dict[str, Any]) -> None:
     for leftover in output.glob(".week-*.partial-*"):
         leftover.unlink()
     if not note.is_file() or note.read_text(encoding="utf-8") != text:
-        for stale in (note, output / _MANIFEST, *output.glob("week-*.parquet")):
+        for stale in (note, output / MANIFEST, *output.glob("week-*.parquet")):
             stale.unlink(missing_ok=True)
         write_text(note, text)

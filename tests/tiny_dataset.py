@@ -105,7 +105,9 @@ def write_tiny_dataset(
         "title_match": pa.array(match.astype(np.float32)),
     }
     pq.write_table(pa.table(impressions), folder / "impressions.parquet", row_group_size=1000)
-    (folder / "dataset.toml").write_text(_TOML.format(first=FIRST_DAY, last=weeks, train=weeks - 1))
+    (folder / "dataset.toml").write_text(
+        _TOML.format(first=FIRST_DAY, last=weeks, train=max(weeks - 1, 1))
+    )
     return folder
 
 
