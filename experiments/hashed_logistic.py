@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BUCKET_BITS = 20
 BINS = 50
-LEARNING_RATES = (0.05, 0.1, 0.2, 0.4)
+LEARNING_RATES = (0.05, 0.1, 0.2)
 MOST_EPOCHS = 3
 BATCH_SIZE = 2048
 # Pairs of sparse features that get a weight per pair of values, where a dataset has both.
