@@ -94,29 +94,17 @@ def build_requests(
     }
     if (output / MANIFEST).exists():
         manifest = RequestsManifest.load(output)
-        if all(getattr(manifest, name) == value for name, value in key.items()):
+        same = all(getattr(manifest, name) == value for name, value in key.items())
+        if same and all(manifest.path(week).is_file() for week in manifest.weeks):
             return manifest
     with _engine(output) as connection:
         opened.check(connection)
         with reading(dataset):
-            calendar, weeks = _plan(connection, opened)
+            build = _prepare(connection, opened, output, window_days, history_cap)
             unknown = _count_unknown(connection, opened)
-            connection.execute(
-                f"CREATE TABLE purchases AS {opened.purchases.select()} ORDER BY purchased_at"
-            )
             _make_room(output, key)
-            build = _Build(
-                connection=connection,
-                dataset=opened,
-                impressions=_by_time(connection, opened.impressions),
-                output=output,
-                window_days=window_days,
-                history_cap=history_cap,
-                calendar=calendar,
-                weeks=weeks,
-            )
             build.run(progress)
-    manifest = RequestsManifest(folder=output, weeks=weeks, unknown_products=unknown, **key)
+    manifest = RequestsManifest(folder=output, weeks=build.weeks, unknown_products=unknown, **key)
     manifest.save()
     (output / _UNFINISHED).unlink()
     return manifest
@@ -195,6 +183,29 @@ class _Build:
             arrays[name] = pa.ListArray.from_arrays(offsets, _flat(rows[name]))
         schema = _record_schema(self.dataset)
         return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def _prepare(
+    connection: "duckdb.DuckDBPyConnection",
+    dataset: Dataset,
+    output: Path,
+    window_days: int,
+    history_cap: int,
+) -> _Build:
+    calendar, weeks = _plan(connection, dataset)
+    connection.execute(
+        f"CREATE TABLE purchases AS {dataset.purchases.select()} ORDER BY purchased_at"
+    )
+    return _Build(
+        connection=connection,
+        dataset=dataset,
+        impressions=_by_time(connection, dataset.impressions),
+        output=output,
+        window_days=window_days,
+        history_cap=history_cap,
+        calendar=calendar,
+        weeks=weeks,
+    )
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:

@@ -285,6 +285,8 @@ def test_a_complete_build_is_left_as_it_is_and_other_options_replace_it(
     assert capped.history_cap == 1
     assert pc.max(pc.list_value_length(read_all(capped)["purchase_history"])).as_py() == 1
     assert build_requests(tiny_dataset, output) == first
+    first.path(6).unlink()
+    assert build_requests(tiny_dataset, output).path(6).is_file()
 
 
 def test_changed_labels_replace_the_records(two_requests: Path, tmp_path: Path) -> None:
