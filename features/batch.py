@@ -75,17 +75,17 @@ class RequestBatch:
         product_ids = sparse_ids(_flatten(products))
         return cls(
             lengths=_lengths(products),
-            query=torch.from_numpy(sparse_ids(records[columns.QUERY])),
-            history=torch.from_numpy(sparse_ids(_flatten(history))),
+            query=_tensor(sparse_ids(records[columns.QUERY])),
+            history=_tensor(sparse_ids(_flatten(history))),
             history_lengths=_lengths(history),
             request_sparse=_sparse(request, schema.names("sparse", "request"), len(records)),
             request_dense=_dense(request, schema.names("dense", "request"), len(records)),
-            product=torch.from_numpy(product_ids),
+            product=_tensor(product_ids),
             candidate_sparse=_sparse(
                 candidate, schema.names("sparse", "candidate"), len(product_ids)
             ),
             candidate_dense=_dense(candidate, schema.names("dense", "candidate"), len(product_ids)),
-            clicked=torch.from_numpy(clicked),
+            clicked=_tensor(clicked),
         )
 
 
@@ -195,10 +195,11 @@ def sparse_ids(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if pa.types.is_integer(column.type):
         return column.cast(pa.int64()).fill_null(MISSING_ID).to_numpy(zero_copy_only=False)
-    if not pa.types.is_dictionary(column.type):
-        column = pc.dictionary_encode(column, null_encoding="encode")
+    column = pc.dictionary_encode(column, null_encoding="encode")
     hashes = hash_strings(column.dictionary)
     return hashes[column.indices.to_numpy(zero_copy_only=False)]
 
@@ -215,8 +216,16 @@ def _flatten(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _lengths(column: pa.ChunkedArray) -> Tensor:
-    lengths = pc.list_value_length(column.combine_chunks()).cast(pa.int64())
-    return torch.from_numpy(lengths.to_numpy(zero_copy_only=False))
+    lengths = pc.list_value_length(column.combine_chunks()).cast(pa.int64()).fill_null(0)
+    return _tensor(lengths.to_numpy(zero_copy_only=False))
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    """Return ``values`` as a tensor; those that lie in Arrow's memory, which is read-only, copied.
+
+    A tensor cannot be read-only: torch warns of one that shares such memory.
+    """
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _sparse(table: dict[str, pa.Array], names: Sequence[str], number: int) -> Tensor:
