@@ -162,8 +162,18 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
             [B, D] float32.
         """
         table = self._table_of[feature]
-        if self.mode == "frozen" or not torch.is_grad_enabled():
+        no_bags = len(offsets) == 1  # the fused lookup fails on none at all
+        if self.mode == "frozen" or no_bags or not torch.is_grad_enabled():
             return self.embedding_bags[table](rows, offsets).float()
+        known = rows > 0
+        if known.all():
+            return self._pool_trained(table, rows, offsets)
+        # Row 0 is left out, lest it be trained, and still counted in the mean.
+        known_offsets = torch.cat([offsets.new_zeros(1), known.cumsum(0)])[offsets]
+        share = known_offsets.diff() / offsets.diff().clamp(min=1)
+        return self._pool_trained(table, rows[known], known_offsets) * share[:, None]
+
+    def _pool_trained(self, table: str, rows: Tensor, offsets: Tensor) -> Tensor:
         features = KeyedJaggedTensor(keys=[table], values=rows, offsets=offsets)
         return self._fused[table](features).values()
 

@@ -1,0 +1,10 @@
+"""What the tests of the ranker share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors only: more threads cost more than they give."""
+    torch.set_num_threads(1)
