@@ -1,0 +1,130 @@
+"""Configurations as TOML, there and back, and what is wrong with one in a sentence."""
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from features.errors import BadInputError
+from features.transforms import TransformConfig
+from ranking.config import (
+    ModelConfig,
+    RankerConfig,
+    TrainingConfig,
+    from_dict,
+    from_toml,
+    to_toml,
+)
+
+widths = st.lists(st.integers(1, 512), max_size=4).map(tuple)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(tmp_path, text):
+    return from_toml(written(tmp_path, text), RankerConfig)
+
+
+@given(
+    config=st.builds(
+        RankerConfig,
+        model=st.builds(
+            ModelConfig,
+            embedding_tower=st.booleans(),
+            tables=st.sampled_from(["frozen", "fine-tuned", "random"]),
+            deep=widths,
+            head=widths,
+        ),
+        training=st.builds(
+            TrainingConfig,
+            learning_rate=st.floats(1e-12, 1e30),
+            checkpoint_seconds=st.floats(0, 1e6),
+            precision=st.sampled_from(["float32", "bfloat16"]),
+            seed=st.integers(0, 1 << 40),
+        ),
+        transforms=st.builds(TransformConfig, bins=st.integers(0, 100)),
+    )
+)
+def test_every_configuration_survives_toml(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert from_toml(path, RankerConfig) == config
+
+
+def test_the_text_by_hand():
+    text = to_toml(RankerConfig())
+    for line in ("embedding_tower = true", 'tables = "frozen"', "deep = [256, 128]", "seed = 0"):
+        assert f"\n{line}\n" in text
+    assert re.findall(r"^\[(\w+)\]$", text, re.MULTILINE) == ["model", "training", "transforms"]
+
+
+def test_what_is_not_given_keeps_its_default(tmp_path):
+    assert read(tmp_path, "") == RankerConfig()
+    config = read(tmp_path, "[training]\nlearning_rate = 1\n[model]\ndeep = []\n")
+    assert config.model == ModelConfig(deep=())
+    assert config.training == TrainingConfig(learning_rate=1.0)
+    assert isinstance(config.training.learning_rate, float)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RankerConfig().model.deep = ()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "[training]\nlearning_rat = 1.0",
+            "unknown key 'learning_rat'; did you mean 'learning_rate'?",
+        ),
+        ("[modell]\ndeep = []", "unknown key 'modell'; did you mean 'model'?"),
+        ("[model]\nzzz = 1", "unknown key 'zzz'; known: embedding_tower, purchase_history"),
+        ("model = 3", "'model' must be a table, got 3"),
+        (
+            "[model]\ntables = 'melted'",
+            "'tables' must be one of frozen, fine-tuned, random, got 'melted'",
+        ),
+        (
+            "[model]\ntables = ['frozen']",
+            "'tables' must be one of frozen, fine-tuned, random, got ['frozen']",
+        ),
+        ("[model]\ndeep = 256", "'deep' must be a list, got 256"),
+        ("[model]\ndeep = [256, 'wide']", "'deep' must be int, got 'wide'"),
+        ("[model]\nembedding_tower = 1", "'embedding_tower' must be bool, got 1"),
+        ("[training]\nepochs = 1.5", "'epochs' must be int, got 1.5"),
+        ("[training]\nepochs = true", "'epochs' must be int, got True"),
+        ("[training]\nlearning_rate = 'fast'", "'learning_rate' must be float, got 'fast'"),
+        ("[training]\nlearning_rate = true", "'learning_rate' must be float, got True"),
+        ("[transforms]\nbins = '40'", "'bins' must be int, got '40'"),
+        ("[model", "not valid TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, sentence):
+    with pytest.raises(BadInputError) as caught:
+        read(tmp_path, text)
+    assert sentence in str(caught.value)
+    assert "config.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_one_that_is_not_text(tmp_path):
+    with pytest.raises(BadInputError, match=r"none\.toml: no such configuration file"):
+        from_toml(tmp_path / "none.toml", RankerConfig)
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInputError, match=r"binary\.toml: not valid TOML"):
+        from_toml(path, RankerConfig)
+
+
+def test_a_dict_as_from_json():
+    content = {"model": {"deep": [8]}, "training": {"seed": 3}}
+    config = from_dict("here", content, RankerConfig)
+    assert config.model.deep == (8,)
+    assert config.training.seed == 3
