@@ -59,9 +59,9 @@ class Options:
     """How often each contestant runs."""
     embedding_dim: int = 16
     """Width of each sparse feature's embedding."""
-    cross_layers: int = 3
+    cross_layers: int = 2
     """Full-matrix cross layers."""
-    deep: tuple[int, ...] = (256, 128)
+    deep: tuple[int, ...] = (128, 64)
     """Widths of the deep network."""
     batch_size: int = 8192
     """Rows a step."""
@@ -128,7 +128,7 @@ def contestants(options: Options, rows: Path, weeks: range) -> list[Contestant]:
                 *sizes,
             ),
         )
-        for variant in ("dcn", "two-tower")
+        for variant in ("dcn", "two-tower", "recipe")
     ]
     pythons = {"fuxictr": options.fuxictr_python, "deepctr": options.deepctr_python}
     for name, environment, script, extra in _PEERS:

@@ -23,7 +23,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +32,7 @@ from features.errors import BadInputError
 from features.files import atomic_file, fingerprint, write_text
 from features.history import purchase_histories
 from features.manifest import MANIFEST, RequestsManifest, WeekCounts, week_path
+from features.records import nest, split_requests
 from features.schema import Weeks
 
 if TYPE_CHECKING:
@@ -170,17 +170,14 @@ class _Build:
                 "ORDER BY requested_at, request_id, product_id"
             )
         ).combine_chunks()
-        ids = rows[columns.REQUEST_ID].to_numpy()
-        starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])[: len(ids)])
-        requests = rows.select([columns.REQUEST_ID, *self.dataset.request_columns]).take(starts)
+        requests, offsets = split_requests(rows, self.dataset.request_columns)
         histories = purchase_histories(
             cursor, requests, window_days=self.window_days, cap=self.history_cap
         )
-        offsets = pa.array(np.append(starts, len(ids)), pa.int32())
         arrays = {name: requests[name] for name in requests.column_names}
         arrays[columns.PURCHASE_HISTORY] = histories
         for name in self.dataset.candidate_columns:
-            arrays[name] = pa.ListArray.from_arrays(offsets, _flat(rows[name]))
+            arrays[name] = nest(rows[name], offsets)
         schema = _record_schema(self.dataset)
         return pa.table([arrays[name] for name in schema.names], schema=schema)
 
@@ -206,10 +203,6 @@ def _prepare(
         calendar=calendar,
         weeks=weeks,
     )
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
 def _record_schema(dataset: Dataset) -> pa.Schema:

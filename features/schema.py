@@ -91,7 +91,7 @@ class DatasetSchema:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadInputError(f"{path}: not valid TOML: {error}") from error
-        return _parse(path, content)
+        return parse_schema(str(path), content)
 
     def to_toml(self) -> str:
         """Return the text of ``dataset.toml``."""
@@ -125,9 +125,10 @@ def _quote(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _parse(path: Path, content: dict[str, Any]) -> DatasetSchema:
+def parse_schema(path: str, content: dict[str, Any]) -> DatasetSchema:
+    """Make a schema of the parsed content of ``dataset.toml``; ``path`` names it in errors."""
     texts = ("name", "licence", "provenance", "caveat")
-    reject_unknown(str(path), content, [*texts, "weeks", "features"])
+    reject_unknown(path, content, [*texts, "weeks", "features"])
     for key in texts:
         if not isinstance(content.get(key, ""), str):
             raise BadInputError(f"{path}: '{key}' must be text, got {content[key]!r}")
@@ -140,7 +141,7 @@ def _parse(path: Path, content: dict[str, Any]) -> DatasetSchema:
     )
 
 
-def _parse_weeks(path: Path, content: Any) -> Weeks | None:
+def _parse_weeks(path: str, content: Any) -> Weeks | None:
     if content is None:
         return None
     reject_unknown(f"{path} [weeks]", content, ["first_day", "evaluate", "train"])
@@ -154,7 +155,7 @@ def _parse_weeks(path: Path, content: Any) -> Weeks | None:
     return Weeks(first_day=first_day, evaluate=evaluate, train=train)
 
 
-def _parse_features(path: Path, content: dict[str, Any]) -> tuple[Feature, ...]:
+def _parse_features(path: str, content: dict[str, Any]) -> tuple[Feature, ...]:
     reject_unknown(f"{path} [features]", content, KINDS)
     features: list[Feature] = []
     for kind in KINDS:

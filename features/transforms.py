@@ -5,7 +5,6 @@ They are modules, so that a saved model carries them and serving runs the same c
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -13,20 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from features.id_map import IdMap
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransformConfig:
-    """How transforms are fitted.
-
-    Attributes:
-        min_count: a sparse value seen in fewer training records becomes the unknown row 0, which
-            is thereby trained too.
-        bins: quantile bins of each dense feature, embedded beside its scaled value; 0 for none.
-    """
-
-    min_count: int = 5
-    bins: int = 40
 
 
 class LevelTransforms(nn.Module):
@@ -94,7 +79,9 @@ def fit(
     sparse: Sequence[str],
     dense: Sequence[str],
     parts: Iterable[tuple[np.ndarray, np.ndarray]],
-    config: TransformConfig,
+    *,
+    min_count: int,
+    bins: int,
 ) -> LevelTransforms:
     """Fit the transforms of one level on its training records.
 
@@ -102,7 +89,9 @@ def fit(
         sparse: names of the S sparse features.
         dense: names of the D dense features.
         parts: arrays (ids [S, n] int64, values [D, n] float32) of successive training records.
-        config: how to fit.
+        min_count: a sparse value seen in fewer records becomes the unknown row 0, which is
+            thereby trained too.
+        bins: quantile bins of each dense feature; 0 or 1 for none.
 
     Vocabularies and mean and standard deviation use every record; quantiles use every
     ``stride``-th one of each part, with at most 20,000 of a part.
@@ -123,8 +112,8 @@ def fit(
     return LevelTransforms(
         sparse,
         dense,
-        [counter.frequent(config.min_count) for counter in counts],
-        _boundaries(np.concatenate(samples, axis=1), config.bins) if samples else np.zeros((0, 0)),
+        [counter.frequent(min_count) for counter in counts],
+        _boundaries(np.concatenate(samples, axis=1), bins) if samples else np.zeros((0, 0)),
         mean,
         np.where(std > 1e-6, std, 1.0),
     )

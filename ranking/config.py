@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from features.errors import BadInputError
 from features.schema import reject_unknown
-from features.transforms import TransformConfig
 
 TableMode = Literal["frozen", "fine-tuned", "random"]
 Config = TypeVar("Config")
@@ -39,10 +38,10 @@ class ModelConfig:
     embedding_dim: int = 16
     cross_layers: int = 2
     cross_rank: int = 64
-    deep: tuple[int, ...] = (256, 128)
+    deep: tuple[int, ...] = (128, 64)
     projection: int = 64
-    tower_deep: tuple[int, ...] = (128, 64)
-    head: tuple[int, ...] = (64,)
+    tower_deep: tuple[int, ...] = (64,)
+    head: tuple[int, ...] = (32,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +57,8 @@ class TrainingConfig:
         table_learning_rate: the same for fine-tuned or random product and query tables.
         warmup: share of the steps that warm up.
         weight_decay: of the dense layers' matrices (AdamW).
-        precision: of the matrix products; master weights stay float32.
+        precision: of the matrix products; weights, sums and everything else stay float32.
+            ``auto`` is bfloat16 where the processor has instructions for it.
         validation_week: train on the weeks before the last training week, watch that week's log
             loss after each epoch and keep the best epoch's model.
         evaluate_week: the week to report; 0 for the dataset's own.
@@ -76,13 +76,27 @@ class TrainingConfig:
     table_learning_rate: float = 0.01
     warmup: float = 0.05
     weight_decay: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     validation_week: bool = False
     evaluate_week: int = 0
     train_weeks: int = 0
     seed: int = 0
     threads: int = 2
     checkpoint_seconds: float = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformConfig:
+    """How transforms are fitted on the training weeks.
+
+    Attributes:
+        min_count: a sparse value seen in fewer training records becomes the unknown row 0, which
+            is thereby trained too.
+        bins: quantile bins of each dense feature, embedded beside its scaled value; 0 for none.
+    """
+
+    min_count: int = 5
+    bins: int = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from ranking.pretrained_embeddings import (
     PretrainedTable,
     RowWiseAdagrad,
 )
-from ranking.towers import CrossTower, EmbeddingTower, deep_network
+from ranking.towers import CrossTower, EmbeddingTower, SplitInput, deep_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,15 +179,10 @@ class Ranker(nn.Module):
         request_part = torch.cat(
             [_embed(self.request_embeddings, batch.request_rows), batch.request_dense], dim=1
         )
-        x_cf = torch.cat(
-            [
-                _embed(self.candidate_embeddings, batch.candidate_rows),
-                batch.candidate_dense,
-                request_part.index_select(0, request_c),
-            ],
-            dim=1,
+        candidate_part = torch.cat(
+            [_embed(self.candidate_embeddings, batch.candidate_rows), batch.candidate_dense], dim=1
         )
-        towers = [self.dcn_tower(x_cf)]
+        towers = [self.dcn_tower(SplitInput(candidate_part, request_part, request_c))]
         if self.embedding_tower is not None:
             towers.append(self._embedding_tower(batch, request_c))
         return self.head(torch.cat(towers, dim=1)).squeeze(1)

@@ -27,6 +27,7 @@ from features.batch import RecordFiles, RequestBatch
 from features.console import print_table, progress_bar, say
 from features.errors import BadInputError
 from features.files import write_text
+from features.hardware import fast_precision
 from features.requests import RequestsManifest, build_requests
 from features.schema import DatasetSchema
 from features.transforms import LevelTransforms, fit
@@ -118,7 +119,8 @@ class TrainingData:
                 self.schema.names("sparse", level),
                 self.schema.names("dense", level),
                 (part[number] for part in parts),
-                config.transforms,
+                min_count=config.transforms.min_count,
+                bins=config.transforms.bins,
             )
             for number, level in enumerate(("request", "candidate"))
         )
@@ -337,7 +339,7 @@ def versions() -> dict[str, str]:
 def _resolve(
     config: RankerConfig, schema: DatasetSchema, manifest: RequestsManifest
 ) -> RankerConfig:
-    """Fill in the weeks that the configuration leaves to the dataset."""
+    """Fill in what the configuration leaves to the dataset and the machine."""
     last = max(manifest.weeks)
     weeks = schema.weeks
     training = config.training
@@ -347,6 +349,7 @@ def _resolve(
             training,
             evaluate_week=training.evaluate_week or (weeks.evaluate if weeks else last),
             train_weeks=training.train_weeks or (weeks.train if weeks else 30),
+            precision=fast_precision() if training.precision == "auto" else training.precision,
         ),
     )
 

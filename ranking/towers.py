@@ -4,6 +4,7 @@ Legend: ``C`` candidates, ``F`` input features of a cross, ``B`` requests, ``E``
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +17,88 @@ check_versions()
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet  # noqa: E402
 
 
-class FullRankCrossNet(CrossNet):
-    r"""torchrec's `CrossNet`, computed as one matrix product a layer.
+class SplitCrossNet(nn.Module):
+    r"""A cross network whose input has a part that all candidates of a request share.
 
-    .. math:: x_{l+1} = x_0 \odot (W_l x_l + b_l) + x_l
+    .. math:: x_{l+1} = x_0 \odot (W_l V_l x_l + b_l) + x_l
 
-    (DCN-V2, https://arxiv.org/abs/2008.13535, equation 1.) The parent multiplies ``W_l`` with C
-    column vectors one by one; the figures are the same.
+    (DCN-V2, https://arxiv.org/abs/2008.13535, equations 1 and 2.) Parameters and figures are those
+    of torchrec's `LowRankCrossNet`, or `CrossNet` for rank 0 (no ``V``). It differs in the cost: of
+    the first layer's product the requests' part is computed once a request, and a full-rank layer
+    is one matrix product, where torchrec's multiplies C column vectors one by one.
+
+    Low rank costs ``4 F r`` operations a candidate and layer against ``2 F^2``; DCN-V2 finds no
+    loss at ``r = F / 4``.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the parent's name)
-        """Cross ``input`` [C, F] with itself; returns [C, F]."""
-        x = input
-        for kernel, bias in zip(self.kernels, self.bias, strict=True):
-            x = torch.addcmul(x, input, F.linear(x, kernel, bias.squeeze(1)))
+    def __init__(self, features: int, layers: int, rank: int) -> None:
+        super().__init__()
+        self.net: CrossNet | LowRankCrossNet
+        if rank:
+            self.net = LowRankCrossNet(features, layers, low_rank=min(rank, features))
+        else:
+            self.net = CrossNet(features, layers)
+
+    def forward(self, split: "SplitInput") -> Tensor:
+        """Return [C, F]."""
+        x_0 = x = split.whole()
+        for layer, bias in enumerate(self.net.bias):
+            if isinstance(self.net, LowRankCrossNet):
+                first = self.net.V_kernels[layer]
+                inner = split.linear(first) if layer == 0 else F.linear(x, first)
+                crossed = F.linear(inner, self.net.W_kernels[layer], bias)
+            elif layer == 0:
+                crossed = split.linear(self.net.kernels[0], bias.squeeze(1))
+            else:
+                crossed = F.linear(x, self.net.kernels[layer], bias.squeeze(1))
+            x = torch.addcmul(x, x_0, crossed.to(x.dtype))
         return x
 
 
-def cross_network(features: int, layers: int, rank: int) -> nn.Module:
-    """Return a cross network over ``features`` inputs.
+@dataclass(frozen=True, slots=True)
+class SplitInput:
+    """Inputs of C candidates: F_c features of their own and F_r that their request has.
 
-    Low rank costs ``4 F r`` operations a row and layer against ``2 F^2``; DCN-V2 finds no loss at
-    ``r = F / 4``. ``rank`` 0 means full matrices.
+    Attributes:
+        candidate: [C, F_c].
+        request: [B, F_r].
+        request_c: [C] int64, the request that each candidate belongs to, ascending.
     """
-    if rank:
-        return LowRankCrossNet(features, layers, low_rank=min(rank, features))
-    return FullRankCrossNet(features, layers)
+
+    candidate: Tensor
+    request: Tensor
+    request_c: Tensor
+
+    @property
+    def features(self) -> int:
+        """F_c + F_r."""
+        return self.candidate.shape[1] + self.request.shape[1]
+
+    def whole(self) -> Tensor:
+        """Return [C, F_c + F_r]: each candidate beside its request's features."""
+        return torch.cat([self.candidate, self.request.index_select(0, self.request_c)], dim=1)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``whole() @ weight.T + bias``, with the requests' part computed once a request."""
+        width = self.candidate.shape[1]
+        request = F.linear(self.request, weight[:, width:], bias)
+        return F.linear(self.candidate, weight[:, :width]) + request.index_select(0, self.request_c)
+
+
+class CrossTower(nn.Module):
+    """A cross network beside a deep network over the same input; both outputs concatenated."""
+
+    def __init__(self, features: int, layers: int, rank: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.cross = SplitCrossNet(features, layers, rank)
+        self.first = nn.Linear(features, widths[0])
+        self.deep = deep_network(widths[0], widths[1:])
+        self.width = features + widths[-1]
+
+    def forward(self, split: SplitInput) -> Tensor:
+        """Return [C, width]."""
+        hidden = F.relu(split.linear(self.first.weight, self.first.bias))
+        return torch.cat([self.cross(split), self.deep(hidden)], dim=1)
 
 
 def deep_network(features: int, widths: Sequence[int]) -> nn.Sequential:
@@ -51,20 +108,6 @@ def deep_network(features: int, widths: Sequence[int]) -> nn.Sequential:
         layers += [nn.Linear(features, width), nn.ReLU()]
         features = width
     return nn.Sequential(*layers)
-
-
-class CrossTower(nn.Module):
-    """A cross network beside a deep network over the same input; both outputs concatenated."""
-
-    def __init__(self, features: int, layers: int, rank: int, widths: Sequence[int]) -> None:
-        super().__init__()
-        self.cross = cross_network(features, layers, rank)
-        self.deep = deep_network(features, widths)
-        self.width = features + (widths[-1] if widths else features)
-
-    def forward(self, x_cf: Tensor) -> Tensor:
-        """Return [C, width] of inputs [C, F]."""
-        return torch.cat([self.cross(x_cf), self.deep(x_cf)], dim=1)
 
 
 class EmbeddingTower(nn.Module):
@@ -114,15 +157,11 @@ class EmbeddingTower(nn.Module):
         similarity = cosine_similarities(
             product_ce, torch.stack([context_be[name] for name in self.context]), request_c
         )
-        context = torch.cat([self.project[name](context_be[name]) for name in self.context], dim=1)
         return self.tower(
-            torch.cat(
-                [
-                    self.project["product"](product_ce),
-                    context.index_select(0, request_c),
-                    similarity,
-                ],
-                dim=1,
+            SplitInput(
+                torch.cat([self.project["product"](product_ce), similarity], dim=1),
+                torch.cat([self.project[n](context_be[n]) for n in self.context], dim=1),
+                request_c,
             )
         )
 

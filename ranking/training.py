@@ -20,8 +20,8 @@ from torch import Tensor
 
 from features.batch import RecordFiles, RequestBatch, prefetch
 from features.errors import BadInputError
+from features.hardware import fast_precision, keep_freed_memory
 from features.schema import DatasetSchema
-from ranking.allocator import keep_freed_memory
 from ranking.checkpoint import copy_into, load_state, save_state
 from ranking.config import TrainingConfig
 from ranking.metrics import Predictions
@@ -100,6 +100,8 @@ class Trainer:
             fused=True,
         )
         self._best: dict[str, Tensor] = {}
+        precision = fast_precision() if config.precision == "auto" else config.precision
+        self._bfloat16 = precision == "bfloat16"
 
     def run(
         self,
@@ -171,8 +173,7 @@ class Trainer:
 
     def _step(self, batch: EncodedBatch) -> float:
         self._set_rates(self.progress.rows / max(self.total_rows, 1))
-        bf16 = self.config.precision == "bfloat16"
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
             logits = self.ranker(batch)
         loss = F.binary_cross_entropy_with_logits(logits.float(), batch.clicked)
         self._adam.zero_grad(set_to_none=True)
