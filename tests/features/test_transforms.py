@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from features.transforms import TransformConfig, fit
+from features.transforms import fit
 
 NAN = float("nan")
 NO_DENSE = np.zeros((0, 0), np.float32)
@@ -21,15 +21,14 @@ def values(*rows):
 
 
 def sparse_only(*parts, min_count=1):
-    config = TransformConfig(min_count=min_count, bins=0)
     numbered = [(part, np.zeros((0, part.shape[1]), np.float32)) for part in parts]
-    return fit(["brand"], [], numbered, config)
+    return fit(["brand"], [], numbered, min_count=min_count, bins=0)
 
 
 def dense_only(*parts, bins):
     numbered = [(np.zeros((0, part.shape[1]), np.int64), part) for part in parts]
     names = [f"value{i}" for i in range(len(parts[0]))]
-    return fit([], names, numbered, TransformConfig(bins=bins))
+    return fit([], names, numbered, min_count=5, bins=bins)
 
 
 def apply(transforms, sparse, dense=None):
@@ -136,7 +135,7 @@ def test_a_column_without_any_value():
 
 def test_the_order_of_rows_is_the_order_of_tables():
     part = (ids([1, 1, 2], [5, 6, 6]), values([1, 2, 3]))
-    transforms = fit(["a", "b"], ["x"], [part], TransformConfig(min_count=1, bins=2))
+    transforms = fit(["a", "b"], ["x"], [part], min_count=1, bins=2)
     assert transforms.tables == {"a_id": 3, "b_id": 3, "x_bin": 3}
     rows, scaled = apply(transforms, ids([2, 9], [6, 5]), values([3, 1]))
     assert rows.tolist() == [[2, 0], [1, 2], [2, 1]]
@@ -145,7 +144,7 @@ def test_the_order_of_rows_is_the_order_of_tables():
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_no_features_and_no_records(number):
-    nothing = fit([], [], [(ids(), NO_DENSE)], TransformConfig())
+    nothing = fit([], [], [(ids(), NO_DENSE)], min_count=5, bins=40)
     rows, scaled = nothing(torch.zeros(0, number, dtype=torch.int64), torch.zeros(0, number))
     assert rows.shape == (0, number)
     assert scaled.shape == (number, 0)

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.errors import BadInputError
-from features.transforms import TransformConfig
 from ranking.config import (
     ModelConfig,
     RankerConfig,
     TrainingConfig,
+    TransformConfig,
     from_dict,
     from_toml,
     to_toml,
@@ -59,7 +59,7 @@ def test_every_configuration_survives_toml(tmp_path_factory, config):
 
 def test_the_text_by_hand():
     text = to_toml(RankerConfig())
-    for line in ("embedding_tower = true", 'tables = "frozen"', "deep = [256, 128]", "seed = 0"):
+    for line in ("embedding_tower = true", 'tables = "frozen"', "deep = [128, 64]", "seed = 0"):
         assert f"\n{line}\n" in text
     assert re.findall(r"^\[(\w+)\]$", text, re.MULTILINE) == ["model", "training", "transforms"]
 
