@@ -12,6 +12,20 @@ from features.schema import reject_unknown
 TableMode = Literal["frozen", "fine-tuned", "random"]
 Config = TypeVar("Config")
 
+# The least value of each number; what is not here is at least 0.
+_LEAST = dict.fromkeys(("epochs", "batch_rows", "chunk_groups", "threads", "min_count"), 1)
+_LEAST |= dict.fromkeys(("embedding_dim", "projection", "deep", "tower_deep", "head"), 1)
+
+
+def _check_values(config: Any) -> None:
+    """Raise `BadInputError` for the first value of a configuration that makes no sense."""
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        least = _LEAST.get(name, 0)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(number >= least for number in numbers if isinstance(number, int | float)):
+            raise BadInputError(f"'{name}' must be {least} or more, got {value}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -23,7 +37,7 @@ class ModelConfig:
         purchase_history: whether the embedding tower reads the purchase history.
         tables: how the product and query tables take part: ``frozen``, ``fine-tuned`` from the
             pretrained values, or ``random`` values trained along.
-        embedding_dim: dimension of each sparse feature's embedding.
+        embedding_dim: dimension of each sparse feature's embedding, a multiple of 4.
         cross_layers: layers of the DCN tower's cross network.
         cross_rank: rank of its matrices (DCN-V2, equation 2); 0 for full ones.
         deep: widths of the deep network beside the cross network.
@@ -42,6 +56,16 @@ class ModelConfig:
     projection: int = 64
     tower_deep: tuple[int, ...] = (64,)
     head: tuple[int, ...] = (32,)
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if self.embedding_dim % 4:
+            raise BadInputError(
+                f"'embedding_dim' must be a multiple of 4, got {self.embedding_dim}"
+            )
+        for name in ("deep", "tower_deep"):
+            if not getattr(self, name):
+                raise BadInputError(f"'{name}' must name one layer or more, got none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +108,11 @@ class TrainingConfig:
     threads: int = 2
     checkpoint_seconds: float = 20.0
 
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if self.warmup > 1:
+            raise BadInputError(f"'warmup' must be 1 or less, got {self.warmup}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformConfig:
@@ -97,6 +126,9 @@ class TransformConfig:
 
     min_count: int = 5
     bins: int = 40
+
+    def __post_init__(self) -> None:
+        _check_values(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +170,11 @@ def from_dict(where: str, content: dict[str, Any], into: type[Config]) -> Config
     """Make the dataclass ``into`` of a nested dict, refusing unknown keys and wrong types."""
     hints = get_type_hints(into)
     reject_unknown(where, content, hints)
-    return into(
-        **{key: _checked(f"{where}: '{key}'", value, hints[key]) for key, value in content.items()}
-    )
+    values = {k: _checked(f"{where}: '{k}'", value, hints[k]) for k, value in content.items()}
+    try:
+        return into(**values)
+    except BadInputError as error:
+        raise BadInputError(f"{where}: {error}") from None
 
 
 def _toml_value(value: Any) -> str:

@@ -18,7 +18,7 @@ from ranking.config import (
     to_toml,
 )
 
-widths = st.lists(st.integers(1, 512), max_size=4).map(tuple)
+widths = st.lists(st.integers(1, 512), min_size=1, max_size=4).map(tuple)
 
 
 def written(tmp_path, text):
@@ -58,16 +58,16 @@ def test_every_configuration_survives_toml(tmp_path_factory, config):
 
 
 def test_the_text_by_hand():
-    text = to_toml(RankerConfig())
-    for line in ("embedding_tower = true", 'tables = "frozen"', "deep = [128, 64]", "seed = 0"):
+    text = to_toml(RankerConfig(model=ModelConfig(deep=(256, 128))))
+    for line in ("embedding_tower = true", 'tables = "frozen"', "deep = [256, 128]", "seed = 0"):
         assert f"\n{line}\n" in text
     assert re.findall(r"^\[(\w+)\]$", text, re.MULTILINE) == ["model", "training", "transforms"]
 
 
 def test_what_is_not_given_keeps_its_default(tmp_path):
     assert read(tmp_path, "") == RankerConfig()
-    config = read(tmp_path, "[training]\nlearning_rate = 1\n[model]\ndeep = []\n")
-    assert config.model == ModelConfig(deep=())
+    config = read(tmp_path, "[training]\nlearning_rate = 1\n[model]\nhead = []\n")
+    assert config.model == ModelConfig(head=())
     assert config.training == TrainingConfig(learning_rate=1.0)
     assert isinstance(config.training.learning_rate, float)
 
@@ -121,6 +121,33 @@ def test_a_missing_file_and_one_that_is_not_text(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInputError, match=r"binary\.toml: not valid TOML"):
         from_toml(path, RankerConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[training]\nepochs = 0", "'epochs' must be 1 or more, got 0"),
+        ("[training]\nbatch_rows = -3", "'batch_rows' must be 1 or more, got -3"),
+        ("[training]\nchunk_groups = 0", "'chunk_groups' must be 1 or more, got 0"),
+        ("[training]\nthreads = 0", "'threads' must be 1 or more, got 0"),
+        ("[training]\nseed = -1", "'seed' must be 0 or more, got -1"),
+        ("[training]\nlearning_rate = -0.1", "'learning_rate' must be 0 or more, got -0.1"),
+        ("[training]\nlearning_rate = nan", "'learning_rate' must be 0 or more, got nan"),
+        ("[training]\nwarmup = 1.5", "'warmup' must be 1 or less, got 1.5"),
+        ("[model]\nembedding_dim = 10", "'embedding_dim' must be a multiple of 4, got 10"),
+        ("[model]\nembedding_dim = 0", "'embedding_dim' must be 1 or more, got 0"),
+        ("[model]\nhead = [8, 0]", "'head' must be 1 or more, got (8, 0)"),
+        ("[model]\ndeep = []", "'deep' must name one layer or more, got none"),
+        ("[model]\ncross_rank = -1", "'cross_rank' must be 0 or more, got -1"),
+        ("[transforms]\nmin_count = 0", "'min_count' must be 1 or more, got 0"),
+        ("[transforms]\nbins = -1", "'bins' must be 0 or more, got -1"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(tmp_path, text, sentence):
+    with pytest.raises(BadInputError) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).endswith(sentence)
+    assert str(caught.value).startswith(str(tmp_path / "config.toml"))
 
 
 def test_a_dict_as_from_json():
