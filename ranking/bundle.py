@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from torch import Tensor
 
 from embeddings.tables import read_table
@@ -25,6 +26,7 @@ from ranking.ranker import Ranker
 
 _FORMAT = 1
 _DESCRIPTION = "bundle.json"
+_KEYS = ("schema", "config", "window_days", "history_cap", "table_fingerprint", "provenance")
 _TENSORS = "model.safetensors"
 TABLES = ("product", "query")
 
@@ -49,6 +51,12 @@ class PretrainedTables:
             BadInputError: a table is missing or broken, or they are not of one encoder.
         """
         read = {name: read_table(folder / f"{name}.parquet") for name in TABLES}
+        for name, kind in (("product", pa.int64()), ("query", pa.string())):
+            found = read[name].ids.type
+            if found != kind:
+                raise BadInputError(
+                    f"{folder / name}.parquet: column 'id' is {found}, expected {kind}"
+                )
         product, query = read["product"], read["query"]
         if product.fingerprint != query.fingerprint:
             raise BadInputError(
@@ -121,16 +129,7 @@ class Bundle:
             BadInputError: the bundle is incomplete or damaged, or the tables do not fit it.
         """
         path = folder / _DESCRIPTION
-        if not path.is_file():
-            raise BadInputError(f"{folder}: no bundle there (no {_DESCRIPTION})")
-        try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadInputError(f"{path}: not valid JSON: {error}") from error
-        if description.get("format") != _FORMAT:
-            raise BadInputError(
-                f"{path}: format {description.get('format')!r}, this version reads {_FORMAT}"
-            )
+        description = _read_description(path)
         tensors, _ = load_state(folder / _TENSORS)
         config = from_dict(str(path), description["config"], RankerConfig)
         schema = parse_schema(str(path), tomllib.loads(description["schema"]))
@@ -147,6 +146,22 @@ class Bundle:
             table_fingerprint=fingerprint,
             provenance=description["provenance"],
         )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInputError(f"{path.parent}: no bundle there (no {path.name})")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInputError(f"{path}: not valid JSON: {error}") from error
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != _FORMAT:
+        raise BadInputError(f"{path}: format {found!r}, this version reads {_FORMAT}")
+    for key in _KEYS:
+        if key not in description:
+            raise BadInputError(f"{path}: lacks '{key}'")
+    return description
 
 
 def _tensors(ranker: Ranker) -> dict[str, Tensor]:

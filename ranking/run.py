@@ -234,16 +234,22 @@ class _Run:
                     "choose another --output or remove it"
                 )
             return
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+        if self.output.exists() and not (self.output.is_dir() and self._unclaimed()):
             raise BadInputError(
                 f"{self.output}: exists and is not a run; choose another --output or remove it"
             )
         self.output.mkdir(parents=True, exist_ok=True)
-        write_text(resolved, config)
         write_text(
             record,
             json.dumps(identity | {"command": self.command, "versions": versions()}, indent=2),
         )
+        write_text(resolved, config)
+
+    def _unclaimed(self) -> bool:
+        """Whether the folder is empty, or holds only what a kill within `_claim` can leave."""
+        names = {path.name for path in self.output.iterdir()}
+        left = (".run.json.partial-", ".config.toml.partial-")
+        return all(name == "run.json" or name.startswith(left) for name in names)
 
     def _train(self, ranker: Ranker) -> Progress:
         from torch.utils.tensorboard import SummaryWriter
