@@ -11,7 +11,7 @@ from tiny_dataset import KINDS, PRODUCTS
 from embeddings.tables import EmbeddingTable, write_table
 from features.batch import RequestBatch
 from features.transforms import LevelTransforms, fit
-from ranking.config import ModelConfig
+from ranking.config import ModelConfig, RankerConfig, TrainingConfig, TransformConfig
 from ranking.pretrained_embeddings import PretrainedTable
 from ranking.ranker import Ranker
 
@@ -31,6 +31,23 @@ def model_config(**changes: object) -> ModelConfig:
         "head": (6,),
     }
     return ModelConfig(**small | changes)
+
+
+def tiny_config(*, training: dict[str, object] | None = None, **model: object) -> RankerConfig:
+    """Return a configuration that trains on the tiny dataset in about a second."""
+    chosen = {
+        "epochs": 3,
+        "batch_rows": 128,
+        "chunk_groups": 2,
+        "learning_rate": 0.01,
+        "precision": "float32",
+        "threads": 1,
+    }
+    return RankerConfig(
+        model=model_config(**model),
+        training=TrainingConfig(**chosen | (training or {})),
+        transforms=TransformConfig(bins=8),
+    )
 
 
 def pretrained_tables(seed: int = 0, dtype: type = np.float32) -> dict[str, PretrainedTable]:
