@@ -226,6 +226,15 @@ def test_an_infinite_loss_names_the_batch(records):
         trainer(records, config).run()
 
 
+@pytest.mark.parametrize("shape", [{}, {"tables": "random"}, {"embedding_tower": False}])
+def test_bfloat16_products_train_to_nearly_the_same(records, shape):
+    exact = trainer(records, **shape).run()
+    fast = trainer(records, replace(CONFIG, precision="bfloat16"), **shape).run()
+    losses = [np.array([loss for _, loss in progress.losses]) for progress in (exact, fast)]
+    assert not np.array_equal(*losses)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+
+
 def test_the_best_epoch_is_kept(records, later):
     """At these rates later epochs are worse on new requests; the best one is not the last."""
     config = replace(CONFIG, epochs=6, learning_rate=0.1, sparse_learning_rate=1.0)
