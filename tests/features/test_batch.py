@@ -171,6 +171,11 @@ def test_seed_and_epoch_fix_the_order(record_files):
     assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
 
 
+def test_other_groups_come_together_in_another_epoch(record_files):
+    chunks = [[set(chunk) for chunk in read(record_files, seed=5, epoch=epoch)] for epoch in (0, 1)]
+    assert chunks[0] != chunks[1]
+
+
 def test_requests_are_mixed_over_the_groups_of_a_chunk(record_files):
     chunk = read(record_files, seed=0)[0]
     groups = [request // 10 for request in chunk]

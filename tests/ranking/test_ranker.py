@@ -309,14 +309,12 @@ def test_no_requests_at_all(shape):
     assert list(ranker.encode(batch).split(8)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the query's offsets are cut at the number of candidates")
 @pytest.mark.parametrize("mode", ["frozen", "random"])
 @pytest.mark.parametrize("lengths", [[0, 1], [0, 0, 2, 0]])
 def test_more_requests_than_candidates(mode, lengths):
     check_against_reference({"tables": mode}, lengths, [1] * len(lengths))
 
 
-@pytest.mark.xfail(strict=True, reason="the query's offsets are cut at the number of candidates")
 @pytest.mark.parametrize("mode", ["frozen", "random"])
 def test_no_candidates_at_all(mode):
     assert tiny_ranker(tables=mode).score(tiny_batch([0, 0], [2, 0])).shape == (0,)

@@ -249,6 +249,23 @@ def test_the_best_epoch_is_kept(records, later):
     assert loss == pytest.approx(progress.validation[best], rel=1e-6)
 
 
+def test_the_best_epoch_survives_a_stop(records, later, tmp_path):
+    config = replace(CONFIG, epochs=4, learning_rate=0.1, sparse_learning_rate=1.0)
+    whole = trainer(records, config, validation=later)
+    assert np.argmin(whole.run().validation) < 3
+
+    def interrupt(progress, _loss):
+        if progress.epoch == 3:
+            raise StoppedError
+
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(StoppedError):
+        trainer(records, config, validation=later).run(path, interrupt)
+    resumed = trainer(records, config, validation=later)
+    resumed.run(path)
+    assert_same(state(resumed), state(whole))
+
+
 def test_without_a_validation_week_the_last_epoch_is_kept(records):
     assert trainer(records).run().validation == []
 
