@@ -227,6 +227,25 @@ def test_an_infinite_loss_names_the_batch(records):
 
 
 @pytest.mark.parametrize("shape", [{}, {"tables": "random"}, {"embedding_tower": False}])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_several_threads_train_to_the_same(records, shape, threads):
+    """Up to the order of sums; the same number of threads gives the same bits."""
+    config = replace(CONFIG, threads=threads)
+    alone, first, second = (trainer(records, c, **shape) for c in (CONFIG, config, config))
+    losses = [[loss for _, loss in trained.run().losses] for trained in (alone, first, second)]
+    assert losses[1] == losses[2]
+    assert_same(state(first), state(second))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_more_threads_than_requests(records):
+    config = replace(CONFIG, threads=3, batch_rows=2)
+    few = trainer(records, config).run().losses
+    alone = trainer(records, replace(config, threads=1)).run().losses
+    np.testing.assert_allclose([x for _, x in few], [x for _, x in alone], rtol=2e-2)
+
+
+@pytest.mark.parametrize("shape", [{}, {"tables": "random"}, {"embedding_tower": False}])
 def test_bfloat16_products_train_to_nearly_the_same(records, shape):
     exact = trainer(records, **shape).run()
     fast = trainer(records, replace(CONFIG, precision="bfloat16"), **shape).run()
