@@ -37,7 +37,9 @@ class LevelTransforms(nn.Module):
         super().__init__()
         self.sparse = tuple(sparse)
         self.dense = tuple(dense)
-        self.vocabularies = nn.ModuleList(IdMap(ids) for ids in vocabularies)
+        maps = [IdMap(ids) for ids in vocabularies]
+        self.vocabularies = nn.ModuleList(maps)
+        self._sizes = [len(ids) + 1 for ids in maps]
         self.register_buffer("boundaries", torch.from_numpy(boundaries.astype(np.float32)))
         self.register_buffer("mean", torch.from_numpy(mean.astype(np.float32)))
         self.register_buffer("std", torch.from_numpy(std.astype(np.float32)))
@@ -45,10 +47,7 @@ class LevelTransforms(nn.Module):
     @property
     def tables(self) -> dict[str, int]:
         """Trainable tables that the rows of `forward` point into: name to number of rows."""
-        sizes = {
-            f"{name}_id": len(ids) + 1
-            for name, ids in zip(self.sparse, self.vocabularies, strict=True)
-        }
+        sizes = {f"{n}_id": size for n, size in zip(self.sparse, self._sizes, strict=True)}
         bins = self.boundaries.shape[1] + 2
         return sizes | ({f"{name}_bin": bins for name in self.dense} if bins > 2 else {})
 

@@ -168,14 +168,14 @@ def _tensors(ranker: Ranker) -> dict[str, Tensor]:
     tensors = {f"trained/{name}": value for name, value in ranker.trained_state().items()}
     for level, transforms in _levels(ranker):
         for name, vocabulary in zip(transforms.sparse, transforms.vocabularies, strict=True):
-            tensors[f"{level}/vocabulary/{name}"] = vocabulary.ids[1:]
+            tensors[f"{level}/vocabulary/{name}"] = vocabulary.get_buffer("ids")[1:]
         for part in ("boundaries", "mean", "std"):
             tensors[f"{level}/{part}"] = getattr(transforms, part)
     if ranker.pretrained is not None:
         for name in TABLES:
-            tensors[f"table/{name}/ids"] = ranker.pretrained.id_maps[name].ids[1:]
+            tensors[f"table/{name}/ids"] = ranker.pretrained.id_maps[name].get_buffer("ids")[1:]
             if ranker.config.tables == "frozen":
-                weight = ranker.pretrained.embedding_bags[name].weight
+                weight = ranker.pretrained.embedding_bags[name].get_buffer("weight")
                 tensors[f"table/{name}/weight"] = weight[1:]
     return tensors
 

@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: Options) -> None:
     config = resolve(options)
     from features.prepare_data import ensure_dataset
-
     from ranking.run import command_line, train_ranker
 
     data = options.data or Path("data") / DEFAULT_DATASET
@@ -65,6 +64,9 @@ def resolve(options: Options) -> RankerConfig:
     if options.model is not None:
         tower = options.model == "two-tower"
         config = replace(config, model=replace(config.model, embedding_tower=tower))
-    given = {"evaluate_week": options.eval_week, "seed": options.seed}
-    changes = {key: value for key, value in given.items() if value is not None}
-    return replace(config, training=replace(config.training, **changes))
+    training = config.training
+    if options.eval_week is not None:
+        training = replace(training, evaluate_week=options.eval_week)
+    if options.seed is not None:
+        training = replace(training, seed=options.seed)
+    return replace(config, training=training)

@@ -88,15 +88,15 @@ class TrainingConfig:
         evaluate_week: the week to report; 0 for the dataset's own.
         train_weeks: weeks before it to train on; 0 for the dataset's own.
         seed: of the initial weights and of the order.
-        threads: of torch's operations.
+        threads: cores to train on.
         checkpoint_seconds: time between two checkpoints.
     """
 
     epochs: int = 1
     batch_rows: int = 2048
     chunk_groups: int = 32
-    learning_rate: float = 2e-3
-    sparse_learning_rate: float = 0.05
+    learning_rate: float = 4e-3
+    sparse_learning_rate: float = 0.15
     table_learning_rate: float = 0.01
     warmup: float = 0.05
     weight_decay: float = 0.0

@@ -4,9 +4,7 @@ Legend: ``B`` requests, ``C`` candidates of all of them, ``H`` purchases of all 
 ``E`` dimension of the pretrained embeddings.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from features import columns
 from features.batch import RequestBatch
 from features.transforms import LevelTransforms
 from ranking.config import ModelConfig
+from ranking.encoded import EncodedBatch
 from ranking.pretrained_embeddings import (
     DataType,
     EmbeddingBagConfig,
@@ -27,62 +26,6 @@ from ranking.pretrained_embeddings import (
     RowWiseAdagrad,
 )
 from ranking.towers import CrossTower, EmbeddingTower, SplitInput, deep_network
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedBatch:
-    """A `RequestBatch` in rows and scaled values: what the trained part of the ranker reads.
-
-    Attributes:
-        request_rows: [S, B] int64 rows of the trainable request tables.
-        request_dense: [B, D] float32.
-        candidate_rows: [S, C] int64.
-        candidate_dense: [C, D] float32.
-        candidate_offsets: [B + 1] int64, where each request's candidates begin.
-        query: [B] int64 rows of the query table.
-        history: [H] int64 rows of the product table.
-        history_offsets: [B + 1] int64.
-        product: [C] int64 rows of the product table.
-        clicked: [C] float32; empty where unknown.
-    """
-
-    request_rows: Tensor
-    request_dense: Tensor
-    candidate_rows: Tensor
-    candidate_dense: Tensor
-    candidate_offsets: Tensor
-    query: Tensor
-    history: Tensor
-    history_offsets: Tensor
-    product: Tensor
-    clicked: Tensor
-
-    def split(self, batch_rows: int) -> Iterator["EncodedBatch"]:
-        """Yield batches of whole requests, as even as they can be, of about ``batch_rows``."""
-        rows = int(self.candidate_offsets[-1])
-        parts = max(1, round(rows / batch_rows))
-        targets = torch.arange(1, parts) * rows // parts
-        cuts = torch.searchsorted(self.candidate_offsets, targets).tolist()
-        edges = [0, *cuts, len(self.query)]
-        for first, last in pairwise(edges):
-            if last > first:
-                yield self._requests(first, last)
-
-    def _requests(self, first: int, last: int) -> "EncodedBatch":
-        candidates = slice(int(self.candidate_offsets[first]), int(self.candidate_offsets[last]))
-        items = slice(int(self.history_offsets[first]), int(self.history_offsets[last]))
-        return EncodedBatch(
-            request_rows=self.request_rows[:, first:last],
-            request_dense=self.request_dense[first:last],
-            candidate_rows=self.candidate_rows[:, candidates],
-            candidate_dense=self.candidate_dense[candidates],
-            candidate_offsets=self.candidate_offsets[first : last + 1] - candidates.start,
-            query=self.query[first:last],
-            history=self.history[items],
-            history_offsets=self.history_offsets[first : last + 1] - items.start,
-            product=self.product[candidates],
-            clicked=self.clicked[candidates],
-        )
 
 
 class Ranker(nn.Module):
@@ -128,7 +71,7 @@ class Ranker(nn.Module):
         self.embedding_tower: EmbeddingTower | None = None
         if config.embedding_tower:
             assert tables is not None, "the embedding tower reads tables"
-            self.pretrained = _pretrained(config, tables, table_learning_rate)
+            self.pretrained = _pretrained_tables(config, tables, table_learning_rate)
             dims = {"product": tables["product"].weight.shape[1]}
             dims["query"] = tables["query"].weight.shape[1]
             if config.purchase_history:
@@ -174,37 +117,55 @@ class Ranker(nn.Module):
 
     def forward(self, batch: EncodedBatch) -> Tensor:
         """Return the logit [C] of a click on each candidate."""
-        lengths = batch.candidate_offsets.diff()
-        request_c = torch.repeat_interleave(lengths, output_size=batch.candidate_dense.shape[0])
-        request_part = torch.cat(
-            [_embed(self.request_embeddings, batch.request_rows), batch.request_dense], dim=1
-        )
-        candidate_part = torch.cat(
-            [_embed(self.candidate_embeddings, batch.candidate_rows), batch.candidate_dense], dim=1
-        )
-        towers = [self.dcn_tower(SplitInput(candidate_part, request_part, request_c))]
-        if self.embedding_tower is not None:
-            towers.append(self._embedding_tower(batch, request_c))
-        return self.head(torch.cat(towers, dim=1)).squeeze(1)
+        return self.dense(batch, self.trained_lookups(batch) | self.frozen_lookups(batch))
 
-    def _embedding_tower(self, batch: EncodedBatch, request_c: Tensor) -> Tensor:
-        assert self.pretrained is not None
-        assert self.embedding_tower is not None
-        ones = torch.arange(len(batch.product) + 1)
-        product = self.pretrained.pool("product", batch.product, ones)
-        context = {
-            "query": self.pretrained.pool("query", batch.query, ones[: len(batch.query) + 1])
+    def trained_lookups(self, batch: EncodedBatch) -> dict[str, Tensor]:
+        """Return the inputs of the dense layers that come from trained tables.
+
+        ``request`` [B, F_r] and ``candidate`` [C, F_c]: embeddings of the sparse features beside
+        the scaled dense ones; with trained product and query tables, theirs too.
+        """
+        found = {
+            "request": _embed(self.request_embeddings, batch.request_rows, batch.request_dense),
+            "candidate": _embed(
+                self.candidate_embeddings, batch.candidate_rows, batch.candidate_dense
+            ),
+        }
+        return found if self.config.tables == "frozen" else found | self._pretrained(batch)
+
+    def frozen_lookups(self, batch: EncodedBatch) -> dict[str, Tensor]:
+        """Return the inputs of the dense layers that come from frozen tables."""
+        return self._pretrained(batch) if self.config.tables == "frozen" else {}
+
+    def _pretrained(self, batch: EncodedBatch) -> dict[str, Tensor]:
+        """Return ``product`` [C, E], ``query`` [B, E] and, where used, ``history`` [B, E]."""
+        if self.pretrained is None:
+            return {}
+        products = torch.arange(len(batch.product) + 1)
+        queries = torch.arange(len(batch.query) + 1)
+        found = {
+            "product": self.pretrained.pool("product", batch.product, products),
+            "query": self.pretrained.pool("query", batch.query, queries),
         }
         if self.config.purchase_history:
-            context["history"] = self.pretrained.pool(
+            found["history"] = self.pretrained.pool(
                 columns.PURCHASE_HISTORY, batch.history, batch.history_offsets
             )
-        return self.embedding_tower(product, context, request_c)
+        return found
+
+    def dense(self, batch: EncodedBatch, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the logits [C] of what was looked up for a batch."""
+        request_c = torch.repeat_interleave(batch.candidate_offsets.diff(), output_size=batch.rows)
+        towers = [self.dcn_tower(SplitInput(inputs["candidate"], inputs["request"], request_c))]
+        if self.embedding_tower is not None:
+            context = {name: inputs[name] for name in self.embedding_tower.context}
+            towers.append(self.embedding_tower(inputs["product"], context, request_c))
+        return self.head(torch.cat(towers, dim=1)).squeeze(1)
 
     def replace_tables(self, tables: Mapping[str, PretrainedTable]) -> None:
         """Put other frozen tables of the same dimension in place of the current ones."""
         assert self.pretrained is not None
-        self.pretrained = _pretrained(self.config, tables, 0.0)
+        self.pretrained = _pretrained_tables(self.config, tables, 0.0)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return what training changes, by name: the dense layers and the trainable tables."""
@@ -257,7 +218,7 @@ def _trainable(
     )
 
 
-def _pretrained(
+def _pretrained_tables(
     config: ModelConfig, tables: Mapping[str, PretrainedTable], learning_rate: float
 ) -> PretrainedEmbeddingBagCollection:
     readers = {"product": ["product", columns.PURCHASE_HISTORY], "query": ["query"]}
@@ -275,18 +236,21 @@ def _pretrained(
     return PretrainedEmbeddingBagCollection(configs, tables, config.tables, learning_rate)
 
 
-def _embed(tables: FusedEmbeddingBagCollection | None, rows: Tensor) -> Tensor:
-    """Return [N, S * dim] embeddings of rows [S, N]."""
+def _embed(tables: FusedEmbeddingBagCollection | None, rows: Tensor, dense: Tensor) -> Tensor:
+    """Return [N, S * dim + D]: embeddings of rows [S, N] beside dense values [N, D]."""
     if tables is None:
-        return torch.zeros(rows.shape[1], 0)
+        return dense
     names = [name for config in tables.embedding_bag_configs() for name in config.feature_names]
+    if rows.shape[1] == 0:  # torchrec cannot split an empty KeyedJaggedTensor
+        dims = [config.embedding_dim for config in tables.embedding_bag_configs()]
+        return torch.zeros(0, sum(dims) + dense.shape[1])
     features = KeyedJaggedTensor(
         keys=names,
         values=rows.reshape(-1),
         lengths=torch.ones(rows.numel(), dtype=torch.int64),
         offsets=torch.arange(rows.numel() + 1),
     )
-    return tables(features).values()
+    return torch.cat([tables(features).values(), dense], dim=1)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from features.errors import BadInputError
 from features.files import write_text
 from features.hardware import fast_precision
 from features.requests import RequestsManifest, build_requests
-from features.schema import DatasetSchema
+from features.schema import LEVELS, DatasetSchema
 from features.transforms import LevelTransforms, fit
 from ranking.bundle import Bundle, PretrainedTables
 from ranking.config import RankerConfig, to_toml
@@ -122,7 +122,7 @@ class TrainingData:
                 min_count=config.transforms.min_count,
                 bins=config.transforms.bins,
             )
-            for number, level in enumerate(("request", "candidate"))
+            for number, level in enumerate(LEVELS)
         )
         return request, candidate
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from features.batch import RecordFiles, RequestBatch, prefetch
@@ -24,8 +23,10 @@ from features.hardware import fast_precision, keep_freed_memory
 from features.schema import DatasetSchema
 from ranking.checkpoint import copy_into, load_state, save_state
 from ranking.config import TrainingConfig
+from ranking.encoded import EncodedBatch
 from ranking.metrics import Predictions
-from ranking.ranker import EncodedBatch, Ranker
+from ranking.parallel import ParallelStep
+from ranking.ranker import Ranker
 
 EVALUATION_ROWS = 1 << 14
 _SECTIONS = ("model", "adam", "tables", "best")
@@ -121,19 +122,28 @@ class Trainer:
         keep_freed_memory()
         if checkpoint is not None and checkpoint.exists():
             self._restore(checkpoint)
+        with ParallelStep(self.ranker, self.config.threads, bfloat16=self._bfloat16) as gradients:
+            self._train(gradients, checkpoint, on_step)
+        if self._best:
+            copy_into(self.ranker.trained_state(), self._best, "best epoch")
+        return self.progress
+
+    def _train(
+        self,
+        gradients: ParallelStep,
+        checkpoint: Path | None,
+        on_step: Callable[[Progress, float], None] | None,
+    ) -> None:
         saved = time.monotonic()
         while self.progress.epoch < self.config.epochs:
-            for batches in self._chunks():
-                self._train_chunk(batches, on_step)
+            for chunk in self._chunks():
+                self._train_chunk(gradients, chunk, on_step)
                 if checkpoint and time.monotonic() - saved > self.config.checkpoint_seconds:
                     self._save(checkpoint)
                     saved = time.monotonic()
             self._end_epoch()
             if checkpoint:
                 self._save(checkpoint)
-        if self._best:
-            copy_into(self.ranker.trained_state(), self._best, "best epoch")
-        return self.progress
 
     def _chunks(self) -> Iterator[EncodedBatch]:
         chunks = self.files.chunks(
@@ -147,13 +157,16 @@ class Trainer:
         )
 
     def _train_chunk(
-        self, chunk: EncodedBatch, on_step: Callable[[Progress, float], None] | None
+        self,
+        gradients: ParallelStep,
+        chunk: EncodedBatch,
+        on_step: Callable[[Progress, float], None] | None,
     ) -> None:
         progress = self.progress
         total, rows = 0.0, 0
         for number, batch in enumerate(chunk.split(self.config.batch_rows)):
             began = time.monotonic()
-            loss = self._step(batch)
+            loss = self._step(gradients, batch)
             if not math.isfinite(loss):
                 raise BadInputError(
                     f"the loss became {loss} in epoch {progress.epoch + 1}, chunk "
@@ -171,15 +184,11 @@ class Trainer:
         if rows:
             progress.losses.append((progress.rows, total / rows))
 
-    def _step(self, batch: EncodedBatch) -> float:
+    def _step(self, gradients: ParallelStep, batch: EncodedBatch) -> float:
         self._set_rates(self.progress.rows / max(self.total_rows, 1))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
-            logits = self.ranker(batch)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.clicked)
-        self._adam.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = gradients(batch)
         self._adam.step()
-        return loss.item()
+        return loss
 
     def _set_rates(self, done: float) -> None:
         """Set the learning rates at the share ``done`` of the run: linear warm-up, then cosine."""

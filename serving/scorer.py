@@ -58,7 +58,8 @@ class Scorer:
         Raises:
             BadInputError: a column is missing.
         """
-        table, bought = _arrow(impressions), _arrow(purchases)
+        table = _arrow(impressions)
+        bought = None if purchases is None else _arrow(purchases)
         self._check(table, bought)
         table = table.append_column(_POSITION, pa.array(np.arange(len(table))))
         table = table.sort_by(columns.REQUEST_ID).combine_chunks()
@@ -121,7 +122,7 @@ class Scorer:
         return histories.take(pa.array(back))
 
 
-def _arrow(table: pa.Table | pd.DataFrame | None) -> pa.Table | None:
+def _arrow(table: pa.Table | pd.DataFrame) -> pa.Table:
     if isinstance(table, pd.DataFrame):
         return pa.Table.from_pandas(table, preserve_index=False)
     return table

@@ -1,0 +1,82 @@
+"""Batches in rows and scaled values: what the trained part of the ranker reads.
+
+Legend: ``B`` requests, ``C`` candidates of all of them, ``H`` purchases of all histories, ``S``
+sparse features (binned ones included) and ``D`` dense features of one level.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedBatch:
+    """A `RequestBatch` in rows and scaled values: what the trained part of the ranker reads.
+
+    Attributes:
+        request_rows: [S, B] int64 rows of the trainable request tables.
+        request_dense: [B, D] float32.
+        candidate_rows: [S, C] int64.
+        candidate_dense: [C, D] float32.
+        candidate_offsets: [B + 1] int64, where each request's candidates begin.
+        query: [B] int64 rows of the query table.
+        history: [H] int64 rows of the product table.
+        history_offsets: [B + 1] int64.
+        product: [C] int64 rows of the product table.
+        clicked: [C] float32; empty where unknown.
+    """
+
+    request_rows: Tensor
+    request_dense: Tensor
+    candidate_rows: Tensor
+    candidate_dense: Tensor
+    candidate_offsets: Tensor
+    query: Tensor
+    history: Tensor
+    history_offsets: Tensor
+    product: Tensor
+    clicked: Tensor
+
+    @property
+    def rows(self) -> int:
+        """C."""
+        return self.candidate_dense.shape[0]
+
+    def edges(self, parts: int) -> list[tuple[int, int]]:
+        """Return ranges of whole requests that share the candidates as evenly as they can.
+
+        There are at most ``parts`` of them, none without a request.
+        """
+        targets = torch.arange(1, parts) * self.rows // parts
+        cuts = torch.searchsorted(self.candidate_offsets, targets).tolist()
+        pairs = pairwise([0, *cuts, len(self.query)])
+        return [(first, last) for first, last in pairs if last > first]
+
+    def split(self, batch_rows: int) -> Iterator["EncodedBatch"]:
+        """Yield batches of whole requests of about ``batch_rows`` candidates."""
+        for first, last in self.edges(max(1, round(self.rows / batch_rows))):
+            yield self.select(first, last)
+
+    def candidates(self, first: int, last: int) -> slice:
+        """Return the range of the candidates of the requests from ``first`` up to ``last``."""
+        return slice(int(self.candidate_offsets[first]), int(self.candidate_offsets[last]))
+
+    def select(self, first: int, last: int) -> "EncodedBatch":
+        """Return the requests from ``first`` up to ``last``, as views."""
+        candidates = self.candidates(first, last)
+        items = slice(int(self.history_offsets[first]), int(self.history_offsets[last]))
+        return EncodedBatch(
+            request_rows=self.request_rows[:, first:last],
+            request_dense=self.request_dense[first:last],
+            candidate_rows=self.candidate_rows[:, candidates],
+            candidate_dense=self.candidate_dense[candidates],
+            candidate_offsets=self.candidate_offsets[first : last + 1] - candidates.start,
+            query=self.query[first:last],
+            history=self.history[items],
+            history_offsets=self.history_offsets[first : last + 1] - items.start,
+            product=self.product[candidates],
+            clicked=self.clicked[candidates],
+        )

@@ -1,0 +1,88 @@
+"""One training step on several cores.
+
+A step's dense work is a hundred small operations. Sharing each of them between cores makes every
+one wait for the slowest core; here each core takes a share of the batch's requests through all of
+them, with one thread, and the cores meet once a step. The figures are those of the whole batch.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ranking.encoded import EncodedBatch
+from ranking.ranker import Ranker
+
+CANDIDATE_INPUTS = ("candidate", "product")
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one core found: its part of the loss, of the parameters' and the inputs' gradients."""
+
+    loss: float
+    parameters: tuple[Tensor, ...]
+    inputs: dict[str, Tensor]
+
+
+class ParallelStep:
+    """Computes gradients of a ranker with several threads.
+
+    Args:
+        ranker: the model.
+        threads: number of cores to use.
+        bfloat16: multiply matrices in bfloat16.
+    """
+
+    def __init__(self, ranker: Ranker, threads: int, *, bfloat16: bool) -> None:
+        self._ranker = ranker
+        self._parameters = ranker.dense_parameters()
+        self._threads = threads
+        self._bfloat16 = bfloat16
+        self._pool = ThreadPoolExecutor(threads, "step", partial(torch.set_num_threads, 1))
+
+    def __enter__(self) -> "ParallelStep":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, batch: EncodedBatch) -> float:
+        """Set the dense parameters' gradients, update the tables, return the mean log loss."""
+        trained = self._ranker.trained_lookups(batch)
+        run: Callable[[tuple[int, int]], _Share] = partial(self._share, batch, trained)
+        shares = list(self._pool.map(run, batch.edges(self._threads)))
+        for number, parameter in enumerate(self._parameters):
+            parameter.grad = torch.stack([s.parameters[number] for s in shares]).sum(0)
+        roots = {name: value for name, value in trained.items() if value.requires_grad}
+        gradients = [torch.cat([share.inputs[name] for share in shares]) for name in roots]
+        torch.autograd.backward(list(roots.values()), gradients)
+        return sum(share.loss for share in shares)
+
+    def _share(
+        self, batch: EncodedBatch, trained: dict[str, Tensor], edge: tuple[int, int]
+    ) -> _Share:
+        part = batch.select(*edge)
+        ranges = {name: batch.candidates(*edge) for name in CANDIDATE_INPUTS}
+        leaves = {
+            name: value.detach()[ranges.get(name, slice(*edge))].requires_grad_()
+            for name, value in trained.items()
+        }
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
+            logits = self._ranker.dense(part, leaves | self._ranker.frozen_lookups(part))
+        losses = F.binary_cross_entropy_with_logits(logits.float(), part.clicked, reduction="sum")
+        loss = losses / batch.rows
+        found = torch.autograd.grad(loss, [*self._parameters, *leaves.values()])
+        count = len(self._parameters)
+        inputs = dict(zip(leaves, found[count:], strict=True))
+        return _Share(loss.item(), found[:count], inputs)
