@@ -12,7 +12,8 @@ Dimensions: ``B`` requests, ``C`` candidates of all of them, ``H`` purchases of 
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -62,12 +63,18 @@ class RequestBatch:
 
     @classmethod
     def from_records(cls, records: pa.Table, schema: DatasetSchema) -> "RequestBatch":
-        """Make a batch of request records (one row a request); ``clicked`` may be absent."""
+        """Make a batch of request records (one row a request).
+
+        Without a column ``clicked`` that is unknown; without one ``purchase_history`` every
+        history is empty.
+        """
         request = {f.name: records[f.name] for f in schema.features if f.level == "request"}
         candidate = {
             f.name: _flatten(records[f.name]) for f in schema.features if f.level == "candidate"
         }
-        history = records[columns.PURCHASE_HISTORY]
+        history = pa.chunked_array([pa.nulls(len(records), pa.list_(pa.int64()))])
+        if columns.PURCHASE_HISTORY in records.column_names:
+            history = records[columns.PURCHASE_HISTORY]
         products = records[columns.PRODUCT_ID]
         clicked = np.zeros(0, np.float32)
         if columns.CLICKED in records.column_names:
@@ -107,35 +114,41 @@ class RecordFiles:
         )
 
     def chunks(
-        self, groups: int, *, seed: int | None = None, epoch: int = 0, skip: int = 0
+        self,
+        groups: int,
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        skip: int = 0,
+        leave_out: Collection[str] = (),
     ) -> Iterator[pa.Table]:
         """Yield tables of ``groups`` row groups each, from the ``skip``-th on.
 
-        With a seed the row groups are drawn in an order, and the requests of a chunk put in an
-        order, that depend on seed and epoch alone; without one the order is the files'.
+        With a seed the row groups are drawn in an order that depends on seed and epoch alone, and
+        the requests of a chunk should be put in `request_order`; without one the order is the
+        files'. Columns named in ``leave_out`` are not read.
         """
         order = np.arange(len(self.units))
         if seed is not None:
             order = np.random.default_rng([seed, epoch]).permutation(order)
-        for number, start in enumerate(range(0, len(order), groups)):
-            if number < skip:
-                continue
-            table = pa.concat_tables(
-                [self._read(*self.units[i]) for i in order[start : start + groups]]
-            )
-            if seed is not None:
-                generator = np.random.default_rng([seed, epoch, number])
-                table = table.take(pa.array(generator.permutation(len(table))))
-            yield table
+        with ExitStack() as stack:
+            files: dict[Path, pq.ParquetFile] = {}
+            for path, _ in self.units:
+                if path not in files:
+                    files[path] = stack.enter_context(pq.ParquetFile(path))
+            for start in range(skip * groups, len(order), groups):
+                chosen = [self.units[i] for i in order[start : start + groups]]
+                yield pa.concat_tables([_read(files[p], g, leave_out) for p, g in chosen])
 
-    def number_of_chunks(self, groups: int) -> int:
-        """Return how many tables `chunks` yields."""
-        return -(-len(self.units) // groups)
 
-    @staticmethod
-    def _read(path: Path, group: int) -> pa.Table:
-        with pq.ParquetFile(path) as file:
-            return file.read_row_group(group, use_threads=False)
+def request_order(requests: int, *, seed: int, epoch: int, chunk: int) -> np.ndarray:
+    """Return the order (int64, [requests]) of the requests of a shuffled chunk."""
+    return np.random.default_rng([seed, epoch, chunk]).permutation(requests)
+
+
+def _read(file: pq.ParquetFile, group: int, leave_out: Collection[str]) -> pa.Table:
+    names = [name for name in file.schema_arrow.names if name not in leave_out]
+    return file.read_row_group(group, columns=names, use_threads=False)
 
 
 def prefetch(

@@ -37,4 +37,4 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     settings = ((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, _LARGE), (_M_ARENA_MAX, 1))
-    return all([mallopt(name, value) for name, value in settings])
+    return sum(mallopt(name, value) for name, value in settings) == len(settings)

@@ -155,7 +155,8 @@ class _Build:
             for first, last in pairwise(times):
                 pending = pa.concat_tables([pending, self._records(cursor, first, last)])
                 whole = pending.num_rows - pending.num_rows % ROW_GROUP
-                writer.write_table(pending.slice(0, whole), row_group_size=ROW_GROUP)
+                if whole:
+                    writer.write_table(pending.slice(0, whole), row_group_size=ROW_GROUP)
                 pending = pending.slice(whole)
             writer.write_table(pending, row_group_size=ROW_GROUP)
 

@@ -11,6 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ranking.versions import check_versions
+
+check_versions()
+
+import fbgemm_gpu  # noqa: E402, F401 (registers the operators)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedBatch:
@@ -45,6 +51,10 @@ class EncodedBatch:
         """C."""
         return self.candidate_dense.shape[0]
 
+    def request_of_candidate(self) -> Tensor:
+        """Return [C] int64: the request that each candidate belongs to."""
+        return torch.repeat_interleave(self.candidate_offsets.diff(), output_size=self.rows)
+
     def edges(self, parts: int) -> list[tuple[int, int]]:
         """Return ranges of whole requests that share the candidates as evenly as they can.
 
@@ -59,6 +69,24 @@ class EncodedBatch:
         """Yield batches of whole requests of about ``batch_rows`` candidates."""
         for first, last in self.edges(max(1, round(self.rows / batch_rows))):
             yield self.select(first, last)
+
+    def reorder(self, order: Tensor) -> "EncodedBatch":
+        """Return the requests in another order ([B] int64), each with its candidates."""
+        turn = order.int()
+        lengths, history_lengths = self.candidate_offsets.diff(), self.history_offsets.diff()
+        positions = _permute(turn, lengths, torch.arange(self.rows))
+        return EncodedBatch(
+            request_rows=self.request_rows.index_select(1, order),
+            request_dense=self.request_dense.index_select(0, order),
+            candidate_rows=self.candidate_rows.index_select(1, positions),
+            candidate_dense=self.candidate_dense.index_select(0, positions),
+            candidate_offsets=offsets(lengths.index_select(0, order)),
+            query=self.query.index_select(0, order),
+            history=_permute(turn, history_lengths, self.history),
+            history_offsets=offsets(history_lengths.index_select(0, order)),
+            product=self.product.index_select(0, positions) if len(self.product) else self.product,
+            clicked=self.clicked.index_select(0, positions) if len(self.clicked) else self.clicked,
+        )
 
     def candidates(self, first: int, last: int) -> slice:
         """Return the range of the candidates of the requests from ``first`` up to ``last``."""
@@ -80,3 +108,16 @@ class EncodedBatch:
             product=self.product[candidates],
             clicked=self.clicked[candidates],
         )
+
+
+def offsets(lengths: Tensor) -> Tensor:
+    """Return [N + 1] int64: where each of N lists of these lengths begins, and the end."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _permute(order: Tensor, lengths: Tensor, values: Tensor) -> Tensor:
+    """Return the lists of these lengths, laid end to end, in another order ([B] int32)."""
+    if values.numel() == 0:
+        return values
+    found = torch.ops.fbgemm.permute_1D_sparse_data(order, lengths.int(), values, None, None)
+    return found[1]

@@ -18,7 +18,9 @@ from torch import Tensor
 from ranking.encoded import EncodedBatch
 from ranking.ranker import Ranker
 
-CANDIDATE_INPUTS = ("candidate", "product")
+_CANDIDATE_INPUTS = ("candidate", "product")
+_ROWS, _REQUESTS = 128, 16  # padded to multiples of these
+_SHARE_ROWS = 2048  # whose activations fit a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class ParallelStep:
         """Set the dense parameters' gradients, update the tables, return the mean log loss."""
         trained = self._ranker.trained_lookups(batch)
         run: Callable[[tuple[int, int]], _Share] = partial(self._share, batch, trained)
-        shares = list(self._pool.map(run, batch.edges(self._threads)))
+        shares = list(self._pool.map(run, batch.edges(self._number_of_shares(batch.rows))))
         for number, parameter in enumerate(self._parameters):
             parameter.grad = torch.stack([s.parameters[number] for s in shares]).sum(0)
         roots = {name: value for name, value in trained.items() if value.requires_grad}
@@ -69,20 +71,40 @@ class ParallelStep:
         torch.autograd.backward(list(roots.values()), gradients)
         return sum(share.loss for share in shares)
 
+    def _number_of_shares(self, rows: int) -> int:
+        """Return a multiple of the threads: small shares even out what else the cores do."""
+        return self._threads * max(1, round(rows / (self._threads * _SHARE_ROWS)))
+
     def _share(
         self, batch: EncodedBatch, trained: dict[str, Tensor], edge: tuple[int, int]
     ) -> _Share:
         part = batch.select(*edge)
-        ranges = {name: batch.candidates(*edge) for name in CANDIDATE_INPUTS}
+        ranges = {name: batch.candidates(*edge) for name in _CANDIDATE_INPUTS}
         leaves = {
-            name: value.detach()[ranges.get(name, slice(*edge))].requires_grad_()
+            name: _padded(value.detach()[ranges.get(name, slice(*edge))], name).requires_grad_()
             for name, value in trained.items()
         }
+        frozen = {n: _padded(value, n) for n, value in self._ranker.frozen_lookups(part).items()}
+        request_c = part.request_of_candidate()
+        request_c = F.pad(request_c, (0, -part.rows % _ROWS), value=len(leaves["request"]) - 1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
-            logits = self._ranker.dense(part, leaves | self._ranker.frozen_lookups(part))
+            logits = self._ranker.dense(leaves | frozen, request_c)[: part.rows]
         losses = F.binary_cross_entropy_with_logits(logits.float(), part.clicked, reduction="sum")
         loss = losses / batch.rows
         found = torch.autograd.grad(loss, [*self._parameters, *leaves.values()])
         count = len(self._parameters)
-        inputs = dict(zip(leaves, found[count:], strict=True))
+        inputs = {
+            name: gradient[: part.rows if name in _CANDIDATE_INPUTS else len(part.query)]
+            for name, gradient in zip(leaves, found[count:], strict=True)
+        }
         return _Share(loss.item(), found[:count], inputs)
+
+
+def _padded(value: Tensor, name: str) -> Tensor:
+    """Return ``value`` [N, F] with rows of zeros up to one of few sizes.
+
+    oneDNN compiles a matrix product for each new shape, at the cost of the product itself, and
+    batches of whole requests would all have another one.
+    """
+    step = _ROWS if name in _CANDIDATE_INPUTS else _REQUESTS
+    return F.pad(value, (0, 0, 0, -len(value) % step))

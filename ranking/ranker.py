@@ -14,7 +14,7 @@ from features import columns
 from features.batch import RequestBatch
 from features.transforms import LevelTransforms
 from ranking.config import ModelConfig
-from ranking.encoded import EncodedBatch
+from ranking.encoded import EncodedBatch, offsets
 from ranking.pretrained_embeddings import (
     DataType,
     EmbeddingBagConfig,
@@ -101,10 +101,10 @@ class Ranker(nn.Module):
             request_dense=request_dense,
             candidate_rows=candidate_rows,
             candidate_dense=candidate_dense,
-            candidate_offsets=_offsets(batch.lengths),
+            candidate_offsets=offsets(batch.lengths),
             query=self._rows("query", batch.query) if reads else torch.zeros_like(batch.query),
             history=self._rows(columns.PURCHASE_HISTORY, batch.history) if history else nothing,
-            history_offsets=_offsets(
+            history_offsets=offsets(
                 batch.history_lengths if history else torch.zeros_like(batch.history_lengths)
             ),
             product=self._rows("product", batch.product) if reads else nothing,
@@ -117,7 +117,8 @@ class Ranker(nn.Module):
 
     def forward(self, batch: EncodedBatch) -> Tensor:
         """Return the logit [C] of a click on each candidate."""
-        return self.dense(batch, self.trained_lookups(batch) | self.frozen_lookups(batch))
+        inputs = self.trained_lookups(batch) | self.frozen_lookups(batch)
+        return self.dense(inputs, batch.request_of_candidate())
 
     def trained_lookups(self, batch: EncodedBatch) -> dict[str, Tensor]:
         """Return the inputs of the dense layers that come from trained tables.
@@ -153,9 +154,13 @@ class Ranker(nn.Module):
             )
         return found
 
-    def dense(self, batch: EncodedBatch, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the logits [C] of what was looked up for a batch."""
-        request_c = torch.repeat_interleave(batch.candidate_offsets.diff(), output_size=batch.rows)
+    def dense(self, inputs: dict[str, Tensor], request_c: Tensor) -> Tensor:
+        """Return the logits [C] of what was looked up.
+
+        Args:
+            inputs: of `trained_lookups` and `frozen_lookups`.
+            request_c: [C] int64, the request that each candidate belongs to, ascending.
+        """
         towers = [self.dcn_tower(SplitInput(inputs["candidate"], inputs["request"], request_c))]
         if self.embedding_tower is not None:
             context = {name: inputs[name] for name in self.embedding_tower.context}
@@ -251,7 +256,3 @@ def _embed(tables: FusedEmbeddingBagCollection | None, rows: Tensor, dense: Tens
         offsets=torch.arange(rows.numel() + 1),
     )
     return torch.cat([tables(features).values(), dense], dim=1)
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

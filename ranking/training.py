@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from features.batch import RecordFiles, RequestBatch, prefetch
+from features import columns
+from features.batch import RecordFiles, RequestBatch, prefetch, request_order
 from features.errors import BadInputError
 from features.hardware import fast_precision, keep_freed_memory
 from features.schema import DatasetSchema
@@ -146,15 +148,24 @@ class Trainer:
                 self._save(checkpoint)
 
     def _chunks(self) -> Iterator[EncodedBatch]:
-        chunks = self.files.chunks(
+        """Yield the epoch's chunks from the current one on, made ahead by a worker thread."""
+        seed, epoch, first = self.config.seed, self.progress.epoch, self.progress.chunk
+
+        def encode(numbered: tuple[int, pa.Table]) -> EncodedBatch:
+            chunk, records = numbered
+            encoded = self.ranker.encode(RequestBatch.from_records(records, self.schema))
+            order = request_order(len(records), seed=seed, epoch=epoch, chunk=chunk)
+            return encoded.reorder(torch.from_numpy(order))
+
+        reads_history = self.ranker.config.embedding_tower and self.ranker.config.purchase_history
+        tables = self.files.chunks(
             self.config.chunk_groups,
-            seed=self.config.seed,
-            epoch=self.progress.epoch,
-            skip=self.progress.chunk,
+            seed=seed,
+            epoch=epoch,
+            skip=first,
+            leave_out=() if reads_history else (columns.PURCHASE_HISTORY,),
         )
-        return prefetch(
-            chunks, lambda t: self.ranker.encode(RequestBatch.from_records(t, self.schema))
-        )
+        return prefetch(enumerate(tables, first), encode)
 
     def _train_chunk(
         self,

@@ -16,7 +16,7 @@ def test_the_python_block_runs(tiny_dataset, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny_dataset, tmp_path / "data" / "mine")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(block, "README.md", "exec"), names)
     assert 0 < names["metrics"]["slices"]["all"]["auc"] < 1
     assert len(names["probabilities"]) == len(names["impressions"])
     assert np.isfinite(names["probabilities"]).all()

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from embeddings.build import build_tables
 from features.batch import RecordFiles
 from features.errors import BadInputError
