@@ -135,7 +135,7 @@ class RecordFiles:
             files: dict[Path, pq.ParquetFile] = {}
             for path, _ in self.units:
                 if path not in files:
-                    files[path] = stack.enter_context(pq.ParquetFile(path))
+                    files[path] = stack.enter_context(_open(path))
             for start in range(skip * groups, len(order), groups):
                 chosen = [self.units[i] for i in order[start : start + groups]]
                 yield pa.concat_tables([_read(files[p], g, leave_out) for p, g in chosen])
@@ -144,6 +144,16 @@ class RecordFiles:
 def request_order(requests: int, *, seed: int, epoch: int, chunk: int) -> np.ndarray:
     """Return the order (int64, [requests]) of the requests of a shuffled chunk."""
     return np.random.default_rng([seed, epoch, chunk]).permutation(requests)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """Open a file so that text stays in the dictionaries it is stored in."""
+    text = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in pq.read_schema(path)
+        if pa.types.is_string(getattr(field.type, "value_type", field.type))
+    ]
+    return pq.ParquetFile(path, read_dictionary=text)
 
 
 def _read(file: pq.ParquetFile, group: int, leave_out: Collection[str]) -> pa.Table:

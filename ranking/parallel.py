@@ -20,7 +20,7 @@ from ranking.ranker import Ranker
 
 _CANDIDATE_INPUTS = ("candidate", "product")
 _ROWS, _REQUESTS = 128, 16  # padded to multiples of these
-_SHARE_ROWS = 2048  # whose activations fit a core's cache
+_SHARE_ROWS = 4096  # fewer rows pay more for each operation, more fall out of the caches
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Legend: ``B`` requests, ``C`` candidates of all of them, ``H`` purchases of all 
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ranking.pretrained_embeddings import (
     PretrainedTable,
     RowWiseAdagrad,
 )
-from ranking.towers import CrossTower, EmbeddingTower, SplitInput, deep_network
+from ranking.towers import CrossTower, EmbeddingTower, SplitInput, linear_of_parts
 
 
 class Ranker(nn.Module):
@@ -80,9 +81,12 @@ class Ranker(nn.Module):
                 dims, config.projection, config.cross_layers, config.cross_rank, config.tower_deep
             )
             width += self.embedding_tower.width
-        self.head = nn.Sequential(
-            deep_network(width, config.head), nn.Linear((width, *config.head)[-1], 1)
-        )
+        widths = (*config.head, 1)
+        self.joint = nn.Linear(width, widths[0])  # over both towers' outputs side by side
+        layers: list[nn.Module] = []
+        for width, next_width in pairwise(widths):
+            layers += [nn.ReLU(), nn.Linear(width, next_width)]
+        self.head = nn.Sequential(*layers)
 
     @torch.no_grad()
     def encode(self, batch: RequestBatch) -> EncodedBatch:
@@ -161,11 +165,12 @@ class Ranker(nn.Module):
             inputs: of `trained_lookups` and `frozen_lookups`.
             request_c: [C] int64, the request that each candidate belongs to, ascending.
         """
-        towers = [self.dcn_tower(SplitInput(inputs["candidate"], inputs["request"], request_c))]
+        parts = self.dcn_tower(SplitInput(inputs["candidate"], inputs["request"], request_c))
         if self.embedding_tower is not None:
             context = {name: inputs[name] for name in self.embedding_tower.context}
-            towers.append(self.embedding_tower(inputs["product"], context, request_c))
-        return self.head(torch.cat(towers, dim=1)).squeeze(1)
+            parts += self.embedding_tower(inputs["product"], context, request_c)
+        hidden = linear_of_parts(self.joint, parts)
+        return self.head(hidden).squeeze(1)
 
     def replace_tables(self, tables: Mapping[str, PretrainedTable]) -> None:
         """Put other frozen tables of the same dimension in place of the current ones."""
@@ -184,7 +189,7 @@ class Ranker(nn.Module):
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the dense layers; tables update themselves."""
-        parts = [self.dcn_tower, self.embedding_tower, self.head]
+        parts = [self.dcn_tower, self.embedding_tower, self.joint, self.head]
         return [p for part in parts if part is not None for p in part.parameters()]
 
     def table_optimizers(self) -> list[tuple[str, Any]]:

@@ -39,16 +39,26 @@ class SplitCrossNet(nn.Module):
         else:
             self.net = CrossNet(features, layers)
 
-    def forward(self, split: "SplitInput") -> Tensor:
-        """Return [C, F]."""
-        x_0 = x = split.whole()
+    def first_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of the product that the network applies to its input first."""
+        if isinstance(self.net, LowRankCrossNet):
+            return self.net.V_kernels[0], None
+        return self.net.kernels[0], self.net.bias[0].squeeze(1)
+
+    def forward(self, x_0: Tensor, first: Tensor) -> Tensor:
+        """Return [C, F].
+
+        Args:
+            x_0: [C, F] inputs.
+            first: [C, r] or [C, F], their product with `first_layer`.
+        """
+        x = x_0
         for layer, bias in enumerate(self.net.bias):
             if isinstance(self.net, LowRankCrossNet):
-                first = self.net.V_kernels[layer]
-                inner = split.linear(first) if layer == 0 else F.linear(x, first)
+                inner = first if layer == 0 else F.linear(x, self.net.V_kernels[layer])
                 crossed = F.linear(inner, self.net.W_kernels[layer], bias)
             elif layer == 0:
-                crossed = split.linear(self.net.kernels[0], bias.squeeze(1))
+                crossed = first
             else:
                 crossed = F.linear(x, self.net.kernels[layer], bias.squeeze(1))
             x = (x_0 * crossed).add_(x)  # torch.addcmul's gradient reads and writes twice as much
@@ -81,12 +91,21 @@ class SplitInput:
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``whole() @ weight.T + bias``, with the requests' part computed once a request."""
         width = self.candidate.shape[1]
-        request = F.linear(self.request, weight[:, width:], bias)
+        request = F.linear(self.request, weight[:, width:], bias).float()
         return F.linear(self.candidate, weight[:, :width]) + request.index_select(0, self.request_c)
 
 
+def linear_of_parts(layer: nn.Linear, parts: Sequence[Tensor]) -> Tensor:
+    """Return what ``layer`` gives for the parts side by side, without laying them so."""
+    weights = layer.weight.split([part.shape[1] for part in parts], dim=1)
+    found = F.linear(parts[0], weights[0], layer.bias).float()
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        found = found + F.linear(part, weight)
+    return found
+
+
 class CrossTower(nn.Module):
-    """A cross network beside a deep network over the same input; both outputs concatenated."""
+    """A cross network beside a deep network over the same input; together ``width`` outputs."""
 
     def __init__(self, features: int, layers: int, rank: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -95,10 +114,16 @@ class CrossTower(nn.Module):
         self.deep = deep_network(widths[0], widths[1:])
         self.width = features + widths[-1]
 
-    def forward(self, split: SplitInput) -> Tensor:
-        """Return [C, width]."""
-        hidden = F.relu(split.linear(self.first.weight, self.first.bias))
-        return torch.cat([self.cross(split), self.deep(hidden)], dim=1)
+    def forward(self, split: SplitInput) -> list[Tensor]:
+        """Return the cross network's [C, F] and the deep network's [C, last width]."""
+        weight, bias = self.cross.first_layer()
+        # Both networks' first products have the same input: one product of both.
+        both = split.linear(
+            torch.cat([weight, self.first.weight]),
+            torch.cat([torch.zeros_like(weight[:, 0]) if bias is None else bias, self.first.bias]),
+        )
+        crossed, hidden = both.split([len(weight), len(self.first.weight)], dim=1)
+        return [self.cross(split.whole(), crossed), self.deep(F.relu(hidden))]
 
 
 def deep_network(features: int, widths: Sequence[int]) -> nn.Sequential:
@@ -146,8 +171,8 @@ class EmbeddingTower(nn.Module):
 
     def forward(
         self, product_ce: Tensor, context_be: dict[str, Tensor], request_c: Tensor
-    ) -> Tensor:
-        """Return [C, width].
+    ) -> list[Tensor]:
+        """Return the parts of [C, width].
 
         Args:
             product_ce: [C, E] embeddings of the candidates.

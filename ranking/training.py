@@ -120,7 +120,6 @@ class Trainer:
         Raises:
             BadInputError: the loss became NaN or infinite, or the checkpoint does not fit.
         """
-        torch.set_num_threads(self.config.threads)
         keep_freed_memory()
         if checkpoint is not None and checkpoint.exists():
             self._restore(checkpoint)
@@ -300,6 +299,17 @@ def predict(
         lengths=np.concatenate(lengths),
         with_history=np.concatenate(history),
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch's operations in this thread use one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -48,8 +48,8 @@ def test_contestants_get_the_same_sizes(tmp_path: Path) -> None:
         tmp_path, fuxictr_python=Path("fuxi"), deepctr_python=Path("deep"), cross_layers=2
     )
     found = throughput.contestants(given, tmp_path / "rows.npz", range(40, 42))
-    sizes = "--embedding-dim 16 --cross-layers 2 --deep 256,128 --batch-size 8192 --threads 2"
-    assert len(found) == 6
+    sizes = "--embedding-dim 16 --cross-layers 2 --deep 128,64 --batch-size 8192 --threads 2"
+    assert len(found) == 7
     assert all(sizes in " ".join(one.command) for one in found)
     assert "--weeks 40 41 --variant two-tower" in " ".join(found[1].command)
     scripts = {one.command[1] for one in found if one.command[0] in {"fuxi", "deep"}}
@@ -60,7 +60,11 @@ def test_peer_without_environment_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = throughput.contestants(options(tmp_path), tmp_path / "rows.npz", range(1, 2))
-    assert [one.name for one in found] == ["ours, dcn", "ours, two-tower"]
+    assert [one.name for one in found] == [
+        "ours, dcn",
+        "ours, two-tower",
+        "ours, recipe",
+    ]
     assert "DeepCTR-Torch DCN, matrix: left out" in capsys.readouterr().err
 
 

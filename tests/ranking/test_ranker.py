@@ -112,7 +112,7 @@ def reference_logits(ranker, batch, weights, tables):
     if ranker.config.embedding_tower:
         towers.append(embedding_tower(ranker, batch, weights, tables, request_c))
     hidden = torch.cat(towers, dim=1)
-    head = [w for n, w in weights.items() if n.startswith("head.")]
+    head = [w for n, w in weights.items() if n.startswith(("joint.", "head."))]
     *inner, (last, last_bias) = zip(head[::2], head[1::2], strict=True)
     for w, b in inner:
         hidden = torch.relu(hidden @ w.T + b)
