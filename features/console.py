@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import tyro
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +27,7 @@ Options = TypeVar("Options")
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+_WIDEST = 1000
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -92,10 +94,14 @@ def say(message: str) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print ``rows`` as a table on standard output; the first column is left-aligned."""
+    """Print ``rows`` as a table on standard output; the first column is left-aligned.
+
+    No cell is cut: a table wider than the terminal, or than what a pipe is taken for, stays whole.
+    """
     table = Table(title=title, title_justify="left")
     for position, name in enumerate(header):
-        table.add_column(name, justify="left" if position == 0 else "right")
+        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    stdout.print(table)
+    needed = Measurement.get(stdout, stdout.options.update(max_width=_WIDEST), table).maximum
+    Console(file=stdout.file, width=max(needed, stdout.width)).print(table)

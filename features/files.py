@@ -1,5 +1,6 @@
 """Outputs that appear whole or not at all."""
 
+import glob
 import hashlib
 import os
 import shutil
@@ -8,7 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def _partial(target: Path) -> Path:
+def _scratch_for(target: Path) -> Path:
+    """Return a new scratch path beside ``target``; what killed processes left there is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     return target.with_name(f".{target.name}.partial-{os.getpid()}")
 
 
@@ -19,8 +27,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     The scratch file lies beside the target (same file system), is flushed to disk before the
     rename, and is removed when the block raises.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _partial(target)
+    scratch = _scratch_for(target)
     try:
         yield scratch
         with scratch.open("rb") as written:
@@ -34,12 +41,9 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty scratch folder that becomes ``target`` when the block ends well.
 
-    An existing ``target`` is replaced only then. Leftovers of killed processes are removed first.
+    An existing ``target`` is replaced only then.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    scratch = _partial(target)
+    scratch = _scratch_for(target)
     scratch.mkdir()
     try:
         yield scratch

@@ -93,7 +93,7 @@ def fit(
         bins: quantile bins of each dense feature; 0 or 1 for none.
 
     Vocabularies and mean and standard deviation use every record; quantiles use every
-    ``stride``-th one of each part, with at most 20,000 of a part.
+    ``n // 20_000``-th one of a part of n.
     """
     counts = [_Counter() for _ in sparse]
     moments = np.zeros((3, len(dense)))  # count, sum, sum of squares of what is present

@@ -136,7 +136,9 @@ class Bundle:
         ranker = _rebuild(config, schema, tensors, str(folder))
         fingerprint = description["table_fingerprint"]
         if tables is not None:
-            _replace_tables(ranker, PretrainedTables.read(tables), fingerprint, allow_other_tables)
+            other = PretrainedTables.read(tables)
+            _replace_tables(ranker, other, fingerprint, allow_other_tables)
+            fingerprint = other.fingerprint
         return cls(
             ranker=ranker.eval(),
             schema=schema,

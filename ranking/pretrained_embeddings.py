@@ -3,6 +3,7 @@
 Legend: ``B`` bags, ``L`` ids of all bags, ``D`` embedding dimension, ``N`` rows of a table.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection  # noqa: E
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection  # noqa: E402
 from torchrec.optim import RowWiseAdagrad  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor  # noqa: E402
+
+# Each construction of a lookup would warn of a renamed helper that fbgemm still calls.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 __all__ = [
     "DataType",
@@ -73,7 +77,8 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
 
     - Frozen tables are buffers: no gradient, no optimiser state, float16 or float32.
     - Trained tables (``fine-tuned``, ``random``) are float32 and are updated in the backward pass
-      by row-wise Adagrad, only in the rows that were read; row 0 stays zero.
+      by row-wise Adagrad, only in the rows that were read; row 0 stays zero. Two features of one
+      table are two lookups, and so two updates a step.
 
     An empty bag gives a zero vector, as does one of unknown ids only. Mean pooling divides by the
     ids of a bag, unknown ones included.
@@ -123,6 +128,11 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         bag.register_buffer("weight", torch.from_numpy(weight))
 
     def _train(self, table: EmbeddingBagConfig, content: PretrainedTable, rate: float) -> None:
+        if table.embedding_dim % 4:
+            raise ValueError(
+                f"table '{table.name}': the dimension of a trained table must be a multiple of 4, "
+                f"got {table.embedding_dim}"
+            )
         alone = EmbeddingBagConfig(
             name=table.name,
             num_embeddings=table.num_embeddings,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from rich.progress import TextColumn
 
 from embeddings.build import build_tables
 from features.batch import RecordFiles, RequestBatch
@@ -34,6 +33,7 @@ from features.transforms import LevelTransforms, fit
 from ranking.bundle import Bundle, PretrainedTables
 from ranking.config import RankerConfig, to_toml
 from ranking.metrics import Predictions, SliceMetrics, metrics_document, slice_metrics
+from ranking.monitor import Monitor
 from ranking.ranker import Ranker
 from ranking.report import RunReport, format_slice_rows, write_report
 from ranking.training import Progress, Trainer, predict, seeded
@@ -252,31 +252,13 @@ class _Run:
         return all(name == "run.json" or name.startswith(left) for name in names)
 
     def _train(self, ranker: Ranker) -> Progress:
-        from torch.utils.tensorboard import SummaryWriter
-
         data, config = self.data, self.config.training
         rows = data.rows(data.train)
         validation = data.files([data.validation]) if data.validation is not None else None
         trainer = Trainer(ranker, data.schema, data.files(data.train), rows, config, validation)
-        shown = TextColumn("{task.fields[speed]} rows/s, loss {task.fields[loss]}")
-        with progress_bar(shown) as bar, SummaryWriter(self.output / "tensorboard") as board:
-            task = bar.add_task("training", total=rows * config.epochs, speed="–", loss="–")  # noqa: RUF001
-            average = 0.0
-
-            def on_step(progress: Progress, loss: float) -> None:
-                nonlocal average
-                average = loss if average == 0 else 0.98 * average + 0.02 * loss
-                if progress.step % 50 == 0:
-                    speed = progress.rows / max(progress.seconds, 1e-9)
-                    bar.update(
-                        task, completed=progress.rows, speed=f"{speed:,.0f}", loss=f"{average:.4f}"
-                    )
-                    board.add_scalar("train/log_loss", average, progress.rows)
-                    board.add_scalar("train/rows_per_second", speed, progress.rows)
-
-            progress = trainer.run(self.output / "checkpoint" / "state.safetensors", on_step)
-            for epoch, loss in enumerate(progress.validation):
-                board.add_scalar("validation/log_loss", loss, epoch)
+        with Monitor(rows * config.epochs, self.output / "tensorboard") as monitor:
+            progress = trainer.run(self.output / "checkpoint" / "state.safetensors", monitor)
+            monitor.end(progress)
         return progress
 
     def _write(
@@ -325,7 +307,9 @@ class _Run:
 
     def _show(self, slices: dict[str, SliceMetrics]) -> None:
         header, rows = format_slice_rows(slices)
-        print_table(f"{self.data.schema.name}, week {self.data.evaluate}", header, rows)
+        turned = [list(column) for column in zip(header, *rows, strict=True)]
+        title = f"{self.data.schema.name}, week {self.data.evaluate}"
+        print_table(title, turned[0], turned[1:])
         if self.data.schema.caveat:
             say(f"Caveat: {self.data.schema.caveat}")
         say(f"Report: {self.output / 'report.html'}")

@@ -180,8 +180,8 @@ class Trainer:
             if not math.isfinite(loss):
                 raise BadInputError(
                     f"the loss became {loss} in epoch {progress.epoch + 1}, chunk "
-                    f"{progress.chunk}, batch {number} (step {progress.step}): lower the learning "
-                    "rates or look for extreme values in the dense features"
+                    f"{progress.chunk + 1}, batch {number + 1} (step {progress.step}): lower the "
+                    "learning rates or look for extreme values in the dense features"
                 )
             progress.step += 1
             progress.rows += len(batch.clicked)

@@ -190,6 +190,20 @@ def test_the_order_of_requests_depends_on_seed_epoch_and_chunk():
         assert (first != request_order(50, seed=seed, epoch=epoch, chunk=chunk)).any()
 
 
+def test_without_a_history_column_histories_are_empty():
+    batch = RequestBatch.from_records(RECORDS.drop_columns(["purchase_history"]), SCHEMA)
+    assert batch.history_lengths.tolist() == [0] * len(RECORDS)
+    assert batch.history.tolist() == []
+
+
+def test_text_is_read_as_dictionaries_and_gives_the_same_batch(tmp_path):
+    path = tmp_path / "week.parquet"
+    pq.write_table(RECORDS, path)
+    (table,) = RecordFiles.open([path]).chunks(9)
+    assert pa.types.is_dictionary(table["query"].type)
+    check_records(RequestBatch.from_records(table, SCHEMA))
+
+
 def test_columns_can_be_left_out(record_files):
     table = next(iter(record_files.chunks(1, leave_out=["request_id"])))
     assert table.column_names == []
