@@ -12,7 +12,7 @@ Dimensions: ``B`` requests, ``C`` candidates of all of them, ``H`` purchases of 
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from features import columns
 from features.id_map import MISSING_ID, hash_strings
-from features.schema import DatasetSchema
+from features.schema import DatasetSchema, Level
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -68,10 +68,6 @@ class RequestBatch:
         Without a column ``clicked`` that is unknown; without one ``purchase_history`` every
         history is empty.
         """
-        request = {f.name: records[f.name] for f in schema.features if f.level == "request"}
-        candidate = {
-            f.name: _flatten(records[f.name]) for f in schema.features if f.level == "candidate"
-        }
         history = pa.chunked_array([pa.nulls(len(records), pa.list_(pa.int64()))])
         if columns.PURCHASE_HISTORY in records.column_names:
             history = records[columns.PURCHASE_HISTORY]
@@ -79,21 +75,43 @@ class RequestBatch:
         clicked = np.zeros(0, np.float32)
         if columns.CLICKED in records.column_names:
             clicked = dense_values(_flatten(records[columns.CLICKED]))
-        product_ids = sparse_ids(_flatten(products))
+        request = level_features(records, schema, "request")
+        candidate = level_features(records, schema, "candidate")
         return cls(
             lengths=_lengths(products),
             query=_tensor(sparse_ids(records[columns.QUERY])),
             history=_tensor(sparse_ids(_flatten(history))),
             history_lengths=_lengths(history),
-            request_sparse=_sparse(request, schema.names("sparse", "request"), len(records)),
-            request_dense=_dense(request, schema.names("dense", "request"), len(records)),
-            product=_tensor(product_ids),
-            candidate_sparse=_sparse(
-                candidate, schema.names("sparse", "candidate"), len(product_ids)
-            ),
-            candidate_dense=_dense(candidate, schema.names("dense", "candidate"), len(product_ids)),
+            request_sparse=_tensor(request[0]),
+            request_dense=_tensor(request[1]),
+            product=_tensor(sparse_ids(_flatten(products))),
+            candidate_sparse=_tensor(candidate[0]),
+            candidate_dense=_tensor(candidate[1]),
             clicked=_tensor(clicked),
         )
+
+
+def level_features(
+    records: pa.Table, schema: DatasetSchema, level: Level
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return raw ids [S, N] int64 and values [D, N] float32 of one level's features.
+
+    N is the number of records for ``request``, of their candidates for ``candidate``.
+    """
+    flat = {
+        f.name: _flatten(records[f.name]) if level == "candidate" else records[f.name]
+        for f in schema.features
+        if f.level == level
+    }
+    number = len(records)
+    if level == "candidate":
+        number = len(_flatten(records[columns.PRODUCT_ID]))
+    ids = [sparse_ids(flat[name]) for name in schema.names("sparse", level)]
+    values = [dense_values(flat[name]) for name in schema.names("dense", level)]
+    return (
+        np.stack(ids) if ids else np.zeros((0, number), np.int64),
+        np.stack(values) if values else np.zeros((0, number), np.float32),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,13 +267,3 @@ def _tensor(values: np.ndarray) -> Tensor:
     A tensor cannot be read-only: torch warns of one that shares such memory.
     """
     return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-def _sparse(table: dict[str, pa.Array], names: Sequence[str], number: int) -> Tensor:
-    found = [sparse_ids(table[name]) for name in names]
-    return torch.from_numpy(np.stack(found) if found else np.zeros((0, number), np.int64))
-
-
-def _dense(table: dict[str, pa.Array], names: Sequence[str], number: int) -> Tensor:
-    found = [dense_values(table[name]) for name in names]
-    return torch.from_numpy(np.stack(found) if found else np.zeros((0, number), np.float32))

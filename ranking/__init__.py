@@ -3,7 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ranking.config import ModelConfig, RankerConfig, TrainingConfig, TransformConfig
+from ranking.config import (
+    HistoryConfig,
+    ModelConfig,
+    RankerConfig,
+    TrainingConfig,
+    TransformConfig,
+)
 
 if TYPE_CHECKING:
     from ranking.bundle import Bundle
@@ -12,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bundle",
+    "HistoryConfig",
     "ModelConfig",
     "PretrainedEmbeddingBagCollection",
     "RankerConfig",

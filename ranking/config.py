@@ -132,12 +132,29 @@ class TransformConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryConfig:
+    """The purchase history that request records carry.
+
+    Attributes:
+        window_days: how many days before the request it reaches back.
+        cap: the most products in one, the most recent ones.
+    """
+
+    window_days: int = 84
+    cap: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankerConfig:
     """Everything that decides the outcome of a run, beside its data."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     transforms: TransformConfig = field(default_factory=TransformConfig)
+    history: HistoryConfig = field(default_factory=HistoryConfig)
 
 
 def to_toml(config: Any) -> str:

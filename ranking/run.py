@@ -14,21 +14,22 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
 
 from embeddings.build import build_tables
-from features.batch import RecordFiles, RequestBatch
+from features import columns
+from features.batch import RecordFiles, level_features
 from features.console import print_table, progress_bar, say
 from features.errors import BadInputError
 from features.files import write_text
 from features.hardware import fast_precision
 from features.requests import RequestsManifest, build_requests
-from features.schema import LEVELS, DatasetSchema
+from features.schema import LEVELS, DatasetSchema, Level
 from features.transforms import LevelTransforms, fit
 from ranking.bundle import Bundle, PretrainedTables
 from ranking.config import RankerConfig, to_toml
@@ -40,6 +41,7 @@ from ranking.training import Progress, Trainer, predict, seeded
 
 _PACKAGES = ("dashclip-ranker", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 METRICS = "metrics.json"
+_FIT_GROUPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,27 +106,23 @@ class TrainingData:
 
     def fit_transforms(self, config: RankerConfig) -> tuple[LevelTransforms, LevelTransforms]:
         """Fit the transforms of requests and of candidates on the training weeks."""
-        parts = []
-        for week in self.train:
-            records = pq.read_table(self.manifest.path(week))
-            batch = RequestBatch.from_records(records, self.schema)
-            parts.append(
-                (
-                    (batch.request_sparse.numpy(), batch.request_dense.numpy()),
-                    (batch.candidate_sparse.numpy(), batch.candidate_dense.numpy()),
-                )
-            )
         request, candidate = (
             fit(
                 self.schema.names("sparse", level),
                 self.schema.names("dense", level),
-                (part[number] for part in parts),
+                self._level_features(level),
                 min_count=config.transforms.min_count,
                 bins=config.transforms.bins,
             )
-            for number, level in enumerate(LEVELS)
+            for level in LEVELS
         )
         return request, candidate
+
+    def _level_features(self, level: Level) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        others = {f.name for f in self.schema.features if f.level != level}
+        leave_out = others | {columns.PURCHASE_HISTORY, columns.CLICKED}
+        for records in self.files(self.train).chunks(_FIT_GROUPS, leave_out=leave_out):
+            yield level_features(records, self.schema, level)
 
 
 def train_ranker(
@@ -149,15 +147,18 @@ def train_ranker(
     Raises:
         BadInputError: an input breaks a rule, or ``output`` holds another run.
     """
+    config = config or RankerConfig()
     schema = DatasetSchema.load(data)
     with progress_bar() as bar:
         task = bar.add_task("request records", total=None)
         manifest = build_requests(
             data,
             data / "requests",
+            window_days=config.history.window_days,
+            history_cap=config.history.cap,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    config = _resolve(config or RankerConfig(), schema, manifest)
+    config = _resolve(config, schema, manifest)
     split = TrainingData.plan(schema, manifest, config)
     pretrained = None
     if config.model.embedding_tower:

@@ -61,7 +61,12 @@ def test_the_text_by_hand():
     text = to_toml(RankerConfig(model=ModelConfig(deep=(256, 128))))
     for line in ("embedding_tower = true", 'tables = "frozen"', "deep = [256, 128]", "seed = 0"):
         assert f"\n{line}\n" in text
-    assert re.findall(r"^\[(\w+)\]$", text, re.MULTILINE) == ["model", "training", "transforms"]
+    assert re.findall(r"^\[(\w+)\]$", text, re.MULTILINE) == [
+        "model",
+        "training",
+        "transforms",
+        "history",
+    ]
 
 
 def test_what_is_not_given_keeps_its_default(tmp_path):
