@@ -4,7 +4,9 @@ One file holds one state, so that replacing it is one rename: a process killed a
 either the old state or the new one.
 """
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,19 @@ _HEADER = "dashclip"
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write tensors and a JSON-like header to ``path``, whole or not at all."""
+    """Write tensors and a JSON-like header to ``path``, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written, with ``ENOSPC`` where the disk is full.
+    """
     with atomic_file(path) as scratch:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, scratch, metadata={_HEADER: json.dumps(header)})
+        try:
+            save_file(contiguous, scratch, metadata={_HEADER: json.dumps(header)})
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
