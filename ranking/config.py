@@ -94,10 +94,10 @@ class TrainingConfig:
     """
 
     epochs: int = 1
-    batch_rows: int = 2048
+    batch_rows: int = 4096
     chunk_groups: int = 32
-    learning_rate: float = 4e-3
-    sparse_learning_rate: float = 0.15
+    learning_rate: float = 6e-3
+    sparse_learning_rate: float = 0.2
     table_learning_rate: float = 0.01
     warmup: float = 0.05
     weight_decay: float = 0.0
