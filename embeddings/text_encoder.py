@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from features.errors import BadInputError
 from features.files import fingerprint
+from features.hardware import Precision, fast_precision
 
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["float32", "bfloat16"]
 
 # Tokens of a batch, padding included. Matrix products are no faster with more of them, and small
 # batches keep all threads busy to the end.
@@ -96,7 +96,7 @@ class TextEncoder:
     @cached_property
     def precision(self) -> Precision:
         """The precision of the matrix products."""
-        return self._precision or _fast_precision()
+        return self._precision or fast_precision()
 
     def encode_products(
         self, titles: Sequence[str], images: Sequence[bytes | None] | None = None
@@ -208,15 +208,6 @@ def _forward(model: Any, batch: list[list[int]], pad: int) -> "torch.Tensor":
     hidden_ntd = model(input_ids=ids_nt, attention_mask=mask_nt).last_hidden_state.float()
     mean_nd = (hidden_ntd * mask_nt[:, :, None]).sum(1) / lengths_n[:, None]
     return torch.nn.functional.normalize(mean_nd, dim=1)
-
-
-def _fast_precision() -> Precision:
-    import torch
-
-    # Older versions of torch do not say what a processor can do.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bfloat16" if native else "float32"
 
 
 @contextmanager

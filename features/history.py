@@ -7,6 +7,9 @@ A request of user ``u`` at time ``t`` sees the purchases of ``u`` in ``[t - wind
        left out      included                     left out (the request's own basket)
 
 Most recent first, ties by ascending product id, repeats kept, at most ``cap`` of the most recent.
+
+NOTE[DIFF]: the paper speaks of the list of product ids bought; it does not say whether one bought
+twice counts twice in the mean. Here it does.
 """
 
 import datetime as dt

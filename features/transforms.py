@@ -21,6 +21,9 @@ class LevelTransforms(nn.Module):
     is 0 where missing, else 1 + the number of boundaries below the value.
     """
 
+    # NOTE[DIFF]: the paper does not say how dense features enter its DCN. Here each stands beside
+    # an embedding of its quantile bin: a product of weights alone follows no step in a value.
+
     boundaries: Tensor  # [D, bins - 1] float32, ascending, padded with +inf where fewer differ
     mean: Tensor  # [D]
     std: Tensor  # [D]

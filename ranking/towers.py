@@ -143,6 +143,10 @@ class EmbeddingTower(nn.Module):
     among themselves before they meet the other features.
     """
 
+    # NOTE[DIFF]: the paper names neither the layers nor the sizes of its new tower. Here it is a
+    # cross network beside a deep one, as in the DCN tower, and the cosines are those of the
+    # embeddings as they are, before projection.
+
     def __init__(
         self,
         dims: dict[str, int],
