@@ -53,7 +53,7 @@ class Options:
     """Python of an environment with FuxiCTR."""
     deepctr_python: Path | None = None
     """Python of an environment with DeepCTR-Torch."""
-    weeks: int = 4
+    weeks: int = 8
     """Number of training weeks, the last before the evaluation week, to take rows from."""
     rounds: int = 3
     """How often each contestant runs."""
