@@ -85,7 +85,7 @@ class TrainingConfig:
         precision: of the matrix products; weights, sums and everything else stay float32.
             ``auto`` is bfloat16 where the processor has instructions for it.
         validation_week: train on the weeks before the last training week, watch that week's log
-            loss after each epoch and keep the best epoch's model.
+            loss after each epoch, stop at the first that is no better, keep the best epoch's model.
         evaluate_week: the week to report; 0 for the dataset's own.
         train_weeks: weeks before it to train on; 0 for the dataset's own.
         seed: of the initial weights and of the order.

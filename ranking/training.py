@@ -31,6 +31,7 @@ from ranking.parallel import ParallelStep
 from ranking.ranker import Ranker
 
 EVALUATION_ROWS = 1 << 14
+_LOSS_POINTS = 100
 _SECTIONS = ("model", "adam", "tables", "best")
 
 
@@ -43,7 +44,7 @@ class Progress:
         chunk: chunks of it that are done.
         step: optimiser steps so far.
         rows: candidates trained on so far.
-        seconds: time spent in training, over all resumed parts.
+        seconds: time spent in training, reading included, over all resumed parts.
         losses: (rows so far, mean log loss since the last entry).
         validation: log loss of the validation week after each epoch.
     """
@@ -103,6 +104,7 @@ class Trainer:
             fused=True,
         )
         self._best: dict[str, Tensor] = {}
+        self._clock = 0.0
         precision = fast_precision() if config.precision == "auto" else config.precision
         self._bfloat16 = precision == "bfloat16"
 
@@ -135,8 +137,8 @@ class Trainer:
         checkpoint: Path | None,
         on_step: Callable[[Progress, float], None] | None,
     ) -> None:
-        saved = time.monotonic()
-        while self.progress.epoch < self.config.epochs:
+        saved = self._clock = time.monotonic()
+        while self.progress.epoch < self.config.epochs and not self._got_worse():
             for chunk in self._chunks():
                 self._train_chunk(gradients, chunk, on_step)
                 if checkpoint and time.monotonic() - saved > self.config.checkpoint_seconds:
@@ -175,7 +177,6 @@ class Trainer:
         progress = self.progress
         total, rows = 0.0, 0
         for number, batch in enumerate(chunk.split(self.config.batch_rows)):
-            began = time.monotonic()
             loss = self._step(gradients, batch)
             if not math.isfinite(loss):
                 raise BadInputError(
@@ -185,9 +186,14 @@ class Trainer:
                 )
             progress.step += 1
             progress.rows += len(batch.clicked)
-            progress.seconds += time.monotonic() - began
+            now = time.monotonic()
+            progress.seconds += now - self._clock
+            self._clock = now
             total += loss * len(batch.clicked)
             rows += len(batch.clicked)
+            if rows >= self.total_rows / _LOSS_POINTS:
+                progress.losses.append((progress.rows, total / rows))
+                total, rows = 0.0, 0
             if on_step:
                 on_step(progress, loss)
         progress.chunk += 1
@@ -213,6 +219,11 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self._peaks[name] * factor
             optimizer.step()  # hands the rate to the fused lookup; it updates no weight
+
+    def _got_worse(self) -> bool:
+        """Whether the last epoch's validation loss is no better than an earlier one's."""
+        losses = self.progress.validation
+        return len(losses) > 1 and losses[-1] >= min(losses[:-1])
 
     def _end_epoch(self) -> None:
         progress = self.progress

@@ -125,8 +125,10 @@ def test_every_row_is_trained_on_once_an_epoch_and_steps_are_counted(records):
     assert [step for _, step, _ in seen] == list(range(1, progress.step + 1))
     assert seen[-1][0] == progress.rows
     assert all(math.isfinite(loss) for *_, loss in seen)
-    assert [rows for rows, _ in progress.losses][-1] == progress.rows
-    assert len(progress.losses) == 2 * 4  # 8 row groups, two in a chunk
+    rows = [rows for rows, _ in progress.losses]
+    assert rows == sorted(set(rows))
+    assert rows[-1] == progress.rows
+    assert len(rows) >= 2 * 4  # 8 row groups, two in a chunk
 
 
 def test_training_learns(records, later):
@@ -260,8 +262,7 @@ def test_the_best_epoch_is_kept(records, later):
     watched = trainer(records, config, validation=later)
     progress = watched.run()
     best = int(np.argmin(progress.validation))
-    assert len(progress.validation) == 6
-    assert best < 5
+    assert best == len(progress.validation) - 2 < 4, "it stops at the first that is no better"
     predictions = predict(watched.ranker, SCHEMA, RecordFiles.open([later]))
     p = predictions.probability.clip(1e-7, 1 - 1e-7).astype(np.float64)
     loss = -np.where(predictions.clicked, np.log(p), np.log1p(-p)).mean()
@@ -274,7 +275,7 @@ def test_the_best_epoch_survives_a_stop(records, later, tmp_path):
     assert np.argmin(whole.run().validation) < 3
 
     def interrupt(progress, _loss):
-        if progress.epoch == 3:
+        if progress.epoch == 1:
             raise StoppedError
 
     path = tmp_path / "state.safetensors"
