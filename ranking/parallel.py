@@ -90,7 +90,7 @@ class ParallelStep:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
             logits = self._ranker.dense(leaves | frozen, request_c)[: part.rows]
         losses = F.binary_cross_entropy_with_logits(logits.float(), part.clicked, reduction="sum")
-        loss = losses / batch.rows
+        loss = losses / max(batch.rows, 1)
         found = torch.autograd.grad(loss, [*self._parameters, *leaves.values()])
         count = len(self._parameters)
         inputs = {

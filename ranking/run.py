@@ -69,8 +69,11 @@ class TrainingData:
         """Split the weeks as configuration and dataset say.
 
         Raises:
-            BadInputError: a week is missing, or a part has clicks only or none.
+            BadInputError: no feature is declared, a week is missing, or a part has clicks only or
+                none.
         """
+        if not schema.features:
+            raise BadInputError(f"dataset '{schema.name}': dataset.toml declares no feature")
         evaluate = config.training.evaluate_week
         train = [
             w for w in manifest.weeks if evaluate - config.training.train_weeks <= w < evaluate

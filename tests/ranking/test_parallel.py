@@ -42,3 +42,10 @@ def test_an_error_in_a_share_reaches_the_caller():
     broken.product.fill_(10**6)
     with ParallelStep(ranker, 2, bfloat16=False) as step, pytest.raises((IndexError, RuntimeError)):
         step(broken)
+
+
+def test_requests_without_candidates_add_nothing():
+    ranker = tiny_ranker()
+    with ParallelStep(ranker, 2, bfloat16=False) as step:
+        assert step(ranker.encode(tiny_batch([0, 0], [1, 2]))) == 0
+    assert all((parameter.grad == 0).all() for parameter in ranker.dense_parameters())

@@ -381,3 +381,12 @@ def test_help_is_instant_and_imports_nothing_heavy():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_a_dataset_without_features_is_refused(ranker_data, random_tables, tmp_path):
+    folder = with_clicks(ranker_data, tmp_path / "bare", lambda clicked, weeks: clicked)
+    declared = (folder / "dataset.toml").read_text()
+    (folder / "dataset.toml").write_text(declared.split("[features")[0])
+    with pytest.raises(BadInputError, match="declares no feature"):
+        train(folder, random_tables, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
