@@ -1,8 +1,6 @@
 """What a training run shows while it lasts: a progress bar or lines, and TensorBoard scalars."""
 
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -34,20 +32,12 @@ class Monitor:
         self._task = self._bar.add_task("training", total=rows, speed="?", loss="?")
         self._loss = 0.0
         self._said = 0
-        self._stack = ExitStack()
+        self._bar.start()
 
-    def __enter__(self) -> "Monitor":
-        self._stack.enter_context(self._board)
-        self._stack.enter_context(self._bar)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+    def close(self) -> None:
+        """Take the bar down and finish TensorBoard's files."""
+        self._bar.stop()
+        self._board.close()
 
     def __call__(self, progress: Progress, loss: float) -> None:
         """Note the loss of one more step."""

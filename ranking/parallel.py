@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +47,8 @@ class ParallelStep:
         self._bfloat16 = bfloat16
         self._pool = ThreadPoolExecutor(threads, "step", partial(torch.set_num_threads, 1))
 
-    def __enter__(self) -> "ParallelStep":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, batch: EncodedBatch) -> float:

@@ -15,6 +15,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,7 @@ class _Run:
         rows = data.rows(data.train)
         validation = data.files([data.validation]) if data.validation is not None else None
         trainer = Trainer(ranker, data.schema, data.files(data.train), rows, config, validation)
-        with Monitor(rows * config.epochs, self.output / "tensorboard") as monitor:
+        with closing(Monitor(rows * config.epochs, self.output / "tensorboard")) as monitor:
             progress = trainer.run(self.output / "checkpoint" / "state.safetensors", monitor)
             monitor.end(progress)
         return progress

@@ -8,7 +8,7 @@ moment continues with the very same batches.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,9 @@ class Trainer:
         keep_freed_memory()
         if checkpoint is not None and checkpoint.exists():
             self._restore(checkpoint)
-        with ParallelStep(self.ranker, self.config.threads, bfloat16=self._bfloat16) as gradients:
+        step = ParallelStep(self.ranker, self.config.threads, bfloat16=self._bfloat16)
+        # In one thread: an operation shared between cores would wait for the step's own threads.
+        with one_thread(), closing(step) as gradients:
             self._train(gradients, checkpoint, on_step)
         if self._best:
             copy_into(self.ranker.trained_state(), self._best, "best epoch")

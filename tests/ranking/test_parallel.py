@@ -1,5 +1,7 @@
 """A step on several cores gives the gradients of the plain one."""
 
+from contextlib import closing
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ def test_gradients_equal_those_of_plain_autograd(tables, threads):
     batch = ranker.encode(tiny_batch(LENGTHS, HISTORIES))
     expected = F.binary_cross_entropy_with_logits(plain(batch), batch.clicked)
     expected.backward()
-    with ParallelStep(ranker, threads, bfloat16=False) as step:
+    with closing(ParallelStep(ranker, threads, bfloat16=False)) as step:
         assert step(batch) == pytest.approx(expected.item(), rel=1e-6)
     for mine, other in zip(ranker.dense_parameters(), plain.dense_parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6)
@@ -40,12 +42,15 @@ def test_an_error_in_a_share_reaches_the_caller():
     batch = ranker.encode(tiny_batch(LENGTHS, HISTORIES))
     broken = batch.reorder(torch.arange(len(LENGTHS)))
     broken.product.fill_(10**6)
-    with ParallelStep(ranker, 2, bfloat16=False) as step, pytest.raises((IndexError, RuntimeError)):
+    with (
+        closing(ParallelStep(ranker, 2, bfloat16=False)) as step,
+        pytest.raises((IndexError, RuntimeError)),
+    ):
         step(broken)
 
 
 def test_requests_without_candidates_add_nothing():
     ranker = tiny_ranker()
-    with ParallelStep(ranker, 2, bfloat16=False) as step:
+    with closing(ParallelStep(ranker, 2, bfloat16=False)) as step:
         assert step(ranker.encode(tiny_batch([0, 0], [1, 2]))) == 0
     assert all((parameter.grad == 0).all() for parameter in ranker.dense_parameters())
