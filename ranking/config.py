@@ -14,7 +14,7 @@ Config = TypeVar("Config")
 
 # The least value of each number; what is not here is at least 0.
 _LEAST = dict.fromkeys(("epochs", "batch_rows", "chunk_groups", "threads", "min_count"), 1)
-_LEAST |= dict.fromkeys(("window_days", "cap"), 1)
+_LEAST |= dict.fromkeys(("cross_layers", "window_days", "cap"), 1)
 _LEAST |= dict.fromkeys(("embedding_dim", "projection", "deep", "tower_deep", "head"), 1)
 
 

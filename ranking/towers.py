@@ -79,11 +79,6 @@ class SplitInput:
     request: Tensor
     request_c: Tensor
 
-    @property
-    def features(self) -> int:
-        """F_c + F_r."""
-        return self.candidate.shape[1] + self.request.shape[1]
-
     def whole(self) -> Tensor:
         """Return [C, F_c + F_r]: each candidate beside its request's features."""
         return torch.cat([self.candidate, self.request.index_select(0, self.request_c)], dim=1)

@@ -143,6 +143,8 @@ def test_a_missing_file_and_one_that_is_not_text(tmp_path):
         ("[model]\nembedding_dim = 0", "'embedding_dim' must be 1 or more, got 0"),
         ("[model]\nhead = [8, 0]", "'head' must be 1 or more, got (8, 0)"),
         ("[model]\ndeep = []", "'deep' must name one layer or more, got none"),
+        ("[model]\ncross_layers = 0", "'cross_layers' must be 1 or more, got 0"),
+        ("[history]\nwindow_days = 0", "'window_days' must be 1 or more, got 0"),
         ("[model]\ncross_rank = -1", "'cross_rank' must be 0 or more, got -1"),
         ("[transforms]\nmin_count = 0", "'min_count' must be 1 or more, got 0"),
         ("[transforms]\nbins = -1", "'bins' must be 0 or more, got -1"),
