@@ -28,6 +28,7 @@ Options = TypeVar("Options")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 _WIDEST = 1000
+_DUCKDB_INTERRUPTED = "Query interrupted"  # what it makes of Ctrl-C during a query
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -61,9 +62,17 @@ def run_command(
             return _fail(prog, f"{error.strerror}: {error.filename}")
         raise
     except KeyboardInterrupt:
-        stderr.print(f"{prog}: interrupted; the same command carries on", highlight=False)
-        return EXIT_INTERRUPTED
+        return _interrupted(prog)
+    except RuntimeError as error:
+        if _DUCKDB_INTERRUPTED not in str(error):
+            raise
+        return _interrupted(prog)
     return 0
+
+
+def _interrupted(prog: str) -> int:
+    sys.stderr.write(f"{prog}: interrupted; give the same command again to go on\n")
+    return EXIT_INTERRUPTED
 
 
 def _fail(prog: str, message: str) -> int:

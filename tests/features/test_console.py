@@ -27,6 +27,7 @@ def test_no_cell_of_a_table_is_cut(capsys):
         (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "the disk is full: out"),
         (FileNotFoundError(errno.ENOENT, "No such file", "in"), 2, "No such file: in"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("Query interrupted"), 130, "interrupted"),
     ],
 )
 def test_errors_become_one_sentence_and_a_status(capsys, error, status, said):
@@ -39,11 +40,12 @@ def test_errors_become_one_sentence_and_a_status(capsys, error, status, said):
     assert message.count("\n") == 1
 
 
-def test_other_errors_are_not_hidden():
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
+def test_other_errors_are_not_hidden(error):
     def action(options):
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         run_command(Options, action, prog="job", arguments=[])
 
 
