@@ -1,6 +1,5 @@
 """What the encoders read of a dataset folder: products and queries."""
 
-import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from features import columns
 from features.errors import BadInputError
+from features.parquet import is_text, missing_column, parquet_files
 
 CATALOG = "catalog.parquet"
 IMPRESSIONS = "impressions.parquet"
@@ -71,7 +71,7 @@ def read_catalog(folder: Path) -> Catalog:
     names = [columns.PRODUCT_ID, columns.TITLE]
     with _open(path, names) as file:
         _check_type(path, file, columns.PRODUCT_ID, pa.types.is_integer, "an integer")
-        _check_type(path, file, columns.TITLE, _is_text, "text")
+        _check_type(path, file, columns.TITLE, is_text, "text")
         content = file.read(names)
         ids = content.column(columns.PRODUCT_ID).cast(pa.int64()).combine_chunks()
     _check_ids(path, ids)
@@ -93,9 +93,9 @@ def read_queries(folder: Path) -> list[str]:
     if not sources:
         raise BadInputError(f"{folder}: holds neither {IMPRESSIONS} nor {RELEVANCE}: no queries")
     found: set[str | None] = set()
-    for path in (path for source in sources for path in _parquet_files(source)):
+    for path in (path for source in sources for path in parquet_files(source)):
         with _open(path, [columns.QUERY]) as file:
-            _check_type(path, file, columns.QUERY, _is_text, "text")
+            _check_type(path, file, columns.QUERY, is_text, "text")
             for batch in file.iter_batches(_QUERY_BATCH, columns=[columns.QUERY]):
                 found.update(pc.unique(batch.column(0)).to_pylist())
     queries = sorted(query for query in found if query and not query.isspace())
@@ -103,15 +103,6 @@ def read_queries(folder: Path) -> list[str]:
         named = " and ".join(str(source) for source in sources)
         raise BadInputError(f"{named}: column '{columns.QUERY}' holds no text")
     return queries
-
-
-def _parquet_files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    files = sorted(p for p in source.rglob("*.parquet") if p.is_file() and p.name[0] not in "._")
-    if not files:
-        raise BadInputError(f"{source}: the folder holds no Parquet files")
-    return files
 
 
 @contextmanager
@@ -122,9 +113,7 @@ def _open(path: Path, names: list[str]) -> Iterator[pq.ParquetFile]:
             found = file.schema_arrow.names
             for name in names:
                 if name not in found:
-                    near = difflib.get_close_matches(name, found, n=1)
-                    hint = f"did you mean '{near[0]}'?" if near else f"found {', '.join(found)}"
-                    raise BadInputError(f"{path}: column '{name}' is missing; {hint}")
+                    raise missing_column(path, name, found)
             yield file
     except (pa.ArrowException, OSError) as error:
         raise BadInputError(f"{path}: cannot be read: {error}") from error
@@ -140,13 +129,6 @@ def _check_type(
     found = file.schema_arrow.field(name).type
     if not accepts(found):
         raise BadInputError(f"{path}: column '{name}' is {found}, expected {expected}")
-
-
-def _is_text(found: pa.DataType) -> bool:
-    types = pa.types
-    if types.is_dictionary(found):
-        found = found.value_type
-    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
 
 
 def _check_ids(path: Path, ids: pa.Array) -> None:

@@ -236,13 +236,14 @@ def sparse_ids(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if pa.types.is_integer(column.type):
         return column.cast(pa.int64()).fill_null(MISSING_ID).to_numpy(zero_copy_only=False)
-    column = pc.dictionary_encode(column, null_encoding="encode")
-    hashes = hash_strings(column.dictionary)
-    return hashes[column.indices.to_numpy(zero_copy_only=False)]
+    if not pa.types.is_dictionary(column.type):
+        column = pc.dictionary_encode(column)
+    words = column.dictionary
+    ids = sparse_ids(words) if pa.types.is_integer(words.type) else hash_strings(words)
+    places = column.indices.fill_null(len(ids)).to_numpy(zero_copy_only=False)
+    return np.append(ids, MISSING_ID)[places]
 
 
 def dense_values(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

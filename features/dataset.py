@@ -14,7 +14,6 @@ stand, so "timestamps out of order" can only mean a request whose rows disagree 
 Impressions of products that the catalog does not hold are allowed and counted.
 """
 
-import difflib
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 
 from features import columns
 from features.errors import BadInputError
+from features.parquet import is_text, missing_column, parquet_files
 from features.schema import DatasetSchema, Feature
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ PURCHASES = "purchases.parquet"
 
 EARLIEST, LATEST = "1971-01-01", "2100-01-01"
 _FLOAT32_MAX = 3.4028234663852886e38
-
-
-def _is_text(found: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
 
 
 def _is_number(found: pa.DataType) -> bool:
@@ -66,7 +61,7 @@ class _Kind:
 
 
 _INTEGER = _Kind("an integer", pa.types.is_integer, "{}::BIGINT", pa.int64())
-_TEXT = _Kind("text", _is_text, "{}::VARCHAR", pa.string())
+_TEXT = _Kind("text", is_text, "{}::VARCHAR", pa.string())
 _TIME = _Kind("a timestamp", pa.types.is_timestamp, "{}::TIMESTAMP", pa.timestamp("us"))
 # DuckDB reads a time zone without its ICU extension, which wheels do not carry, only as an instant.
 _INSTANT = replace(_TIME, read="make_timestamp(epoch_us({}::TIMESTAMPTZ))")
@@ -76,7 +71,7 @@ _TRUTH = _Kind("a boolean", pa.types.is_boolean, "{}::BOOLEAN", pa.bool_())
 _NUMBER = _Kind(
     "a number", _is_number, "CASE WHEN NOT isnan({0}::FLOAT) THEN {0}::FLOAT END", pa.float32()
 )
-_SPARSE = _Kind("an integer or text", lambda t: pa.types.is_integer(t) or _is_text(t), "", None)
+_SPARSE = _Kind("an integer or text", lambda t: pa.types.is_integer(t) or is_text(t), "", None)
 
 _CATALOG_KINDS = {columns.PRODUCT_ID: _INTEGER, columns.TITLE: _TEXT}
 _PURCHASE_KINDS = {
@@ -230,12 +225,12 @@ def _impression_kinds(folder: Path, schema: DatasetSchema) -> dict[str, _Kind]:
 
 
 def _open_table(path: Path, kinds: dict[str, _Kind]) -> DataTable:
-    files = tuple(_parquet_files(path))
+    files = tuple(parquet_files(path))
     types: dict[str, pa.DataType] = {}
     for file in files:
         for name, found in _column_types(file, kinds).items():
             first = types.setdefault(name, found)
-            if _is_text(first) != _is_text(found):
+            if is_text(first) != is_text(found):
                 raise BadInputError(f"{file}: column '{name}' is {found}, in {files[0]} {first}")
     kinds = {name: _resolve(kind, types[name]) for name, kind in kinds.items()}
     return DataTable(
@@ -249,21 +244,10 @@ def _open_table(path: Path, kinds: dict[str, _Kind]) -> DataTable:
 def _resolve(kind: _Kind, found: pa.DataType) -> _Kind:
     """Return the kind that reads a column of type ``found``."""
     if kind is _SPARSE:
-        return _TEXT if _is_text(found) else _INTEGER
+        return _TEXT if is_text(found) else _INTEGER
     if kind is _TIME and found.tz is not None:
         return _INSTANT
     return kind
-
-
-def _parquet_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise BadInputError(f"{path}: no such file or folder of Parquet files")
-    files = sorted(p for p in path.rglob("*.parquet") if p.is_file() and p.name[0] not in "._")
-    if not files:
-        raise BadInputError(f"{path}: the folder holds no Parquet files")
-    return files
 
 
 def _column_types(file: Path, kinds: dict[str, _Kind]) -> dict[str, pa.DataType]:
@@ -275,9 +259,7 @@ def _column_types(file: Path, kinds: dict[str, _Kind]) -> dict[str, pa.DataType]
     types = {}
     for name, kind in kinds.items():
         if name not in schema.names:
-            near = difflib.get_close_matches(name, schema.names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"found {', '.join(schema.names)}"
-            raise BadInputError(f"{file}: column '{name}' is missing; {hint}")
+            raise missing_column(file, name, schema.names)
         found = schema.field(name).type
         if pa.types.is_dictionary(found):
             found = found.value_type

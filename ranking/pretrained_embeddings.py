@@ -6,13 +6,13 @@ Legend: ``B`` bags, ``L`` ids of all bags, ``D`` embedding dimension, ``N`` rows
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from features.id_map import IdMap
+from ranking.config import TableMode
 from ranking.versions import check_versions
 
 check_versions()
@@ -38,10 +38,17 @@ __all__ = [
     "PoolingType",
     "PretrainedEmbeddingBagCollection",
     "PretrainedTable",
-    "RowWiseAdagrad",
+    "fused_tables",
 ]
 
-TableMode = Literal["frozen", "fine-tuned", "random"]
+
+def fused_tables(
+    tables: list[EmbeddingBagConfig], learning_rate: float
+) -> FusedEmbeddingBagCollection:
+    """Return tables that row-wise Adagrad updates in the backward pass, where they were read."""
+    return FusedEmbeddingBagCollection(
+        tables, RowWiseAdagrad, {"lr": learning_rate, "eps": 1e-8}, device=torch.device("cpu")
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +147,7 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
             feature_names=[table.name],
             pooling=table.pooling,
         )
-        fused = FusedEmbeddingBagCollection(
-            [alone], RowWiseAdagrad, {"lr": rate, "eps": 1e-8}, device=torch.device("cpu")
-        )
+        fused = fused_tables([alone], rate)
         self._fused[table.name] = fused
         weight = fused.state_dict()[f"embedding_bags.{table.name}.weight"]
         with torch.no_grad():

@@ -24,7 +24,7 @@ from ranking.pretrained_embeddings import (
     PoolingType,
     PretrainedEmbeddingBagCollection,
     PretrainedTable,
-    RowWiseAdagrad,
+    fused_tables,
 )
 from ranking.towers import CrossTower, EmbeddingTower, SplitInput, linear_of_parts
 
@@ -223,9 +223,7 @@ def _trainable(
         )
         for name, rows in tables.items()
     ]
-    return FusedEmbeddingBagCollection(
-        configs, RowWiseAdagrad, {"lr": learning_rate, "eps": 1e-8}, device=torch.device("cpu")
-    )
+    return fused_tables(configs, learning_rate)
 
 
 def _pretrained_tables(

@@ -9,7 +9,6 @@
       bundle/         what serving loads
 """
 
-import importlib.metadata
 import json
 import platform
 import resource
@@ -39,8 +38,9 @@ from ranking.monitor import Monitor
 from ranking.ranker import Ranker
 from ranking.report import RunReport, format_slice_rows, write_report
 from ranking.training import Progress, Trainer, predict, seeded
+from ranking.versions import CHECKED, installed_versions
 
-_PACKAGES = ("dashclip-ranker", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
+_PACKAGES = ("dashclip-ranker", *CHECKED)
 METRICS = "metrics.json"
 _FIT_GROUPS = 16
 
@@ -322,13 +322,7 @@ class _Run:
 
 def versions() -> dict[str, str]:
     """Return the versions that a figure depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version()} | installed_versions(_PACKAGES)
 
 
 def _resolve(

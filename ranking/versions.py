@@ -9,7 +9,7 @@ imports none of them.
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -17,6 +17,7 @@ from features.errors import BadInputError
 
 # One import name, `fbgemm_gpu`; CPU first.
 FBGEMM_BUILDS = ("fbgemm-gpu-cpu", "fbgemm-gpu")
+CHECKED = ("torch", "torchrec", *FBGEMM_BUILDS)
 
 
 class VersionMismatchError(BadInputError, ImportError):
@@ -54,10 +55,10 @@ def check_versions() -> None:
         raise VersionMismatchError(problem)
 
 
-def installed_versions() -> dict[str, str]:
+def installed_versions(names: Sequence[str] = CHECKED) -> dict[str, str]:
     """Return the versions of those of the packages that are installed, by distribution name."""
     versions = {}
-    for name in ("torch", "torchrec", *FBGEMM_BUILDS):
+    for name in names:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
