@@ -14,13 +14,14 @@ import pyarrow as pa
 from torch import Tensor
 
 from embeddings.tables import read_table
+from features.checkpoint import copy_into, load_state, save_state
+from features.config_file import from_dict
 from features.errors import BadInputError
 from features.files import atomic_folder
 from features.id_map import hash_strings
 from features.schema import DatasetSchema, parse_schema
 from features.transforms import LevelTransforms
-from ranking.checkpoint import copy_into, load_state, save_state
-from ranking.config import RankerConfig, from_dict
+from ranking.config import RankerConfig
 from ranking.pretrained_embeddings import PretrainedTable
 from ranking.ranker import Ranker
 

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from features.config_file import from_toml
 from features.console import run_command, say
-from ranking.config import RankerConfig, from_toml
+from ranking.config import RankerConfig
 
 DEFAULT_DATASET = "complete-journey"
 

@@ -1,31 +1,17 @@
-"""Configuration of the ranker and of its training: frozen dataclasses, TOML in and out."""
+"""Configuration of the ranker and of its training."""
 
-import dataclasses
-import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from features.config_file import check_least
 from features.errors import BadInputError
-from features.schema import reject_unknown
 
 TableMode = Literal["frozen", "fine-tuned", "random"]
-Config = TypeVar("Config")
 
 # The least value of each number; what is not here is at least 0.
 _LEAST = dict.fromkeys(("epochs", "batch_rows", "chunk_groups", "threads", "min_count"), 1)
 _LEAST |= dict.fromkeys(("cross_layers", "window_days", "cap"), 1)
 _LEAST |= dict.fromkeys(("embedding_dim", "projection", "deep", "tower_deep", "head"), 1)
-
-
-def _check_values(config: Any) -> None:
-    """Raise `BadInputError` for the first value of a configuration that makes no sense."""
-    for name in (f.name for f in dataclasses.fields(config)):
-        value = getattr(config, name)
-        least = _LEAST.get(name, 0)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not all(number >= least for number in numbers if isinstance(number, int | float)):
-            raise BadInputError(f"'{name}' must be {least} or more, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +45,7 @@ class ModelConfig:
     head: tuple[int, ...] = (32,)
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_least(self, _LEAST)
         if self.embedding_dim % 4:
             raise BadInputError(
                 f"'embedding_dim' must be a multiple of 4, got {self.embedding_dim}"
@@ -110,7 +96,7 @@ class TrainingConfig:
     checkpoint_seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_least(self, _LEAST)
         if self.warmup > 1:
             raise BadInputError(f"'warmup' must be 1 or less, got {self.warmup}")
 
@@ -129,7 +115,7 @@ class TransformConfig:
     bins: int = 40
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_least(self, _LEAST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +131,7 @@ class HistoryConfig:
     cap: int = 1000
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_least(self, _LEAST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,70 +142,3 @@ class RankerConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     transforms: TransformConfig = field(default_factory=TransformConfig)
     history: HistoryConfig = field(default_factory=HistoryConfig)
-
-
-def to_toml(config: Any) -> str:
-    """Return a configuration dataclass as TOML text, nested ones as tables."""
-    plain, nested = [], []
-    for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config)):
-        if dataclasses.is_dataclass(value):
-            nested.append(f"\n[{name}]\n{to_toml(value)}")
-        else:
-            plain.append(f"{name} = {_toml_value(value)}\n")
-    return "".join(plain) + "".join(nested)
-
-
-def from_toml(path: Path, into: type[Config]) -> Config:
-    """Read a configuration; what is not given keeps its default.
-
-    Raises:
-        BadInputError: the file is missing or not TOML, or a key or value does not fit.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInputError(f"{path}: no such configuration file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: not valid TOML: {error}") from error
-    return from_dict(str(path), content, into)
-
-
-def from_dict(where: str, content: dict[str, Any], into: type[Config]) -> Config:
-    """Make the dataclass ``into`` of a nested dict, refusing unknown keys and wrong types."""
-    hints = get_type_hints(into)
-    reject_unknown(where, content, hints)
-    values = {k: _checked(f"{where}: '{k}'", value, hints[k]) for k, value in content.items()}
-    try:
-        return into(**values)
-    except BadInputError as error:
-        raise BadInputError(f"{where}: {error}") from None
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-def _checked(where: str, value: Any, kind: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise BadInputError(f"{where} must be a table, got {value!r}")
-        return from_dict(where, value, kind)  # type: ignore[arg-type]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise BadInputError(
-                f"{where} must be one of {', '.join(get_args(kind))}, got {value!r}"
-            )
-        return value
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise BadInputError(f"{where} must be a list, got {value!r}")
-        return tuple(_checked(where, item, get_args(kind)[0]) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise BadInputError(f"{where} must be {kind.__name__}, got {value!r}")
-    return value

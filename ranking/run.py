@@ -24,6 +24,7 @@ import numpy as np
 from embeddings.build import build_tables
 from features import columns
 from features.batch import RecordFiles, level_features
+from features.config_file import to_toml
 from features.console import print_table, progress_bar, say
 from features.errors import BadInputError
 from features.files import write_text
@@ -32,7 +33,7 @@ from features.requests import RequestsManifest, build_requests
 from features.schema import LEVELS, DatasetSchema, Level
 from features.transforms import LevelTransforms, fit
 from ranking.bundle import Bundle, PretrainedTables
-from ranking.config import RankerConfig, to_toml
+from ranking.config import RankerConfig
 from ranking.metrics import Predictions, SliceMetrics, metrics_document, slice_metrics
 from ranking.monitor import Monitor
 from ranking.ranker import Ranker

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from features import columns
 from features.batch import RecordFiles, RequestBatch, prefetch, request_order
+from features.checkpoint import copy_into, load_state, save_state
 from features.errors import BadInputError
 from features.hardware import fast_precision, keep_freed_memory
 from features.schema import DatasetSchema
-from ranking.checkpoint import copy_into, load_state, save_state
 from ranking.config import TrainingConfig
 from ranking.encoded import EncodedBatch
 from ranking.metrics import Predictions

@@ -7,15 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features.config_file import from_dict, from_toml, to_toml
 from features.errors import BadInputError
 from ranking.config import (
     ModelConfig,
     RankerConfig,
     TrainingConfig,
     TransformConfig,
-    from_dict,
-    from_toml,
-    to_toml,
 )
 
 widths = st.lists(st.integers(1, 512), min_size=1, max_size=4).map(tuple)

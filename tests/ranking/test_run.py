@@ -18,10 +18,11 @@ import pytest
 from safetensors.torch import load_file
 from tiny_ranker import tiny_config, write_tiny_tables
 
+from features.config_file import from_toml, to_toml
 from features.errors import BadInputError
 from ranking.bundle import Bundle
 from ranking.cli import main
-from ranking.config import RankerConfig, from_toml, to_toml
+from ranking.config import RankerConfig
 from ranking.run import train_ranker
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 import torch
 
+from features.checkpoint import copy_into, load_state, save_state
 from features.errors import BadInputError
-from ranking.checkpoint import copy_into, load_state, save_state
 
 
 @pytest.fixture
