@@ -136,8 +136,11 @@ def _encode_with_images(
     """Return [N, D] float16 vectors of all products with a title, in the catalog's order."""
     encoded = np.empty((count, encoder.dim), np.float16)
     done = 0
-    for titles, images in catalog.with_images():
+    for _, every_title, every_image in catalog.with_images():
+        titled = [row for row, title in enumerate(every_title) if title]
+        titles = [every_title[row] for row in titled]
         if titles:
+            images = [every_image[row] for row in titled]
             encoded[done : done + len(titles)] = encoder.encode_products(titles, images)
             done += len(titles)
             advance(len(titles))

@@ -1,10 +1,12 @@
 """What the encoders read of a dataset folder: products and queries."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,9 +23,11 @@ _IMAGE_BATCH = 256
 _QUERY_BATCH = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Catalog:
     """The products of a dataset, in the order of the file.
+
+    Legend: ``N`` products. A product's *row* is its position here; its id is any integer.
 
     Attributes:
         path: of ``catalog.parquet``.
@@ -38,22 +42,63 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.product_ids)
 
-    def with_images(self) -> Iterator[tuple[list[str], list[bytes | None]]]:
-        """Yield batches of the titles and images of all products that have a title.
+    def aisles(self) -> np.ndarray:
+        """Return the aisle of each product, [N] int32 positions in `aisle_names`; -1 where none.
 
-        Images are the bytes of the file (JPEG or PNG), ``None`` for products without one or where
-        the catalog has no such column. Only one batch is in memory.
+        The column is read on the first call.
+
+        Raises:
+            BadInputError: the column cannot be read or is not text.
         """
-        with pq.ParquetFile(self.path) as file:
-            has_images = columns.IMAGE in file.schema_arrow.names
-            read = columns.IMAGE if has_images else columns.PRODUCT_ID
+        return self._aisles[0]
+
+    @property
+    def aisle_names(self) -> list[str]:
+        """The names of all aisles of the catalog, sorted; empty where it has no such column."""
+        return self._aisles[1]
+
+    @cached_property
+    def _aisles(self) -> tuple[np.ndarray, list[str]]:
+        with open_parquet(self.path) as file:
+            if columns.AISLE not in file.schema_arrow.names:
+                return np.full(len(self), -1, np.int32), []
+            check_type(self.path, file, columns.AISLE, is_text, "text")
+            names = _trimmed(file.read([columns.AISLE]).column(0)).dictionary_encode()
+        found = names.dictionary
+        order = pc.sort_indices(found).to_numpy()
+        code = np.empty(len(found) + 1, np.int32)
+        code[order] = np.arange(len(found))
+        code[-1] = -1
+        rows = names.indices.fill_null(len(found)).to_numpy()
+        return code[rows], found.take(pa.array(order)).to_pylist()
+
+    @cached_property
+    def has_images(self) -> bool:
+        """Whether the catalog has a column of images."""
+        with open_parquet(self.path) as file:
+            return columns.IMAGE in file.schema_arrow.names
+
+    def with_images(self) -> Iterator[tuple[list[int], list[str], list[bytes | None]]]:
+        """Yield batches of the ids, titles and images of all products, in the catalog's order.
+
+        A missing title is the empty string. Images are the bytes of the file (JPEG or PNG),
+        ``None`` for products without one or where the catalog has no such column: a product may
+        have neither. Only one batch is in memory.
+
+        Raises:
+            BadInputError: the column cannot be read or is not binary.
+        """
+        with open_parquet(self.path) as file:
+            if self.has_images:
+                check_type(self.path, file, columns.IMAGE, _is_binary, "binary")
+            read = columns.IMAGE if self.has_images else columns.PRODUCT_ID
             start = 0
             for batch in file.iter_batches(_IMAGE_BATCH, columns=[read]):
-                titles = self.titles.slice(start, batch.num_rows).to_pylist()
+                ids = self.product_ids.slice(start, batch.num_rows).to_pylist()
+                titles = self.titles.slice(start, batch.num_rows).fill_null("").to_pylist()
+                images = batch.column(0).to_pylist() if self.has_images else [None] * len(ids)
                 start += batch.num_rows
-                images = batch.column(0).to_pylist() if has_images else [None] * len(titles)
-                kept = [row for row, title in enumerate(titles) if title is not None]
-                yield [titles[row] for row in kept], [images[row] for row in kept]
+                yield ids, titles, images
 
 
 def read_catalog(folder: Path) -> Catalog:
@@ -69,15 +114,13 @@ def read_catalog(folder: Path) -> Catalog:
     if not path.is_file():
         raise BadInputError(f"{path}: no such file; it holds the products to encode")
     names = [columns.PRODUCT_ID, columns.TITLE]
-    with _open(path, names) as file:
-        _check_type(path, file, columns.PRODUCT_ID, pa.types.is_integer, "an integer")
-        _check_type(path, file, columns.TITLE, is_text, "text")
+    with open_parquet(path, names) as file:
+        check_type(path, file, columns.PRODUCT_ID, pa.types.is_integer, "an integer")
+        check_type(path, file, columns.TITLE, is_text, "text")
         content = file.read(names)
         ids = content.column(columns.PRODUCT_ID).cast(pa.int64()).combine_chunks()
     _check_ids(path, ids)
-    titles = pc.utf8_trim_whitespace(content.column(columns.TITLE).cast(pa.string()))
-    titles = pc.if_else(pc.equal(titles, ""), pa.scalar(None, pa.string()), titles)
-    return Catalog(path=path, product_ids=ids, titles=titles.combine_chunks())
+    return Catalog(path=path, product_ids=ids, titles=_trimmed(content.column(columns.TITLE)))
 
 
 def read_queries(folder: Path) -> list[str]:
@@ -94,8 +137,8 @@ def read_queries(folder: Path) -> list[str]:
         raise BadInputError(f"{folder}: holds neither {IMPRESSIONS} nor {RELEVANCE}: no queries")
     found: set[str | None] = set()
     for path in (path for source in sources for path in parquet_files(source)):
-        with _open(path, [columns.QUERY]) as file:
-            _check_type(path, file, columns.QUERY, is_text, "text")
+        with open_parquet(path, [columns.QUERY]) as file:
+            check_type(path, file, columns.QUERY, is_text, "text")
             for batch in file.iter_batches(_QUERY_BATCH, columns=[columns.QUERY]):
                 found.update(pc.unique(batch.column(0)).to_pylist())
     queries = sorted(query for query in found if query and not query.isspace())
@@ -106,7 +149,7 @@ def read_queries(folder: Path) -> list[str]:
 
 
 @contextmanager
-def _open(path: Path, names: list[str]) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path, names: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file that has columns ``names``; what Arrow says of damage is bad input."""
     try:
         with pq.ParquetFile(path) as file:
@@ -119,16 +162,29 @@ def _open(path: Path, names: list[str]) -> Iterator[pq.ParquetFile]:
         raise BadInputError(f"{path}: cannot be read: {error}") from error
 
 
-def _check_type(
+def check_type(
     path: Path,
     file: pq.ParquetFile,
     name: str,
     accepts: Callable[[pa.DataType], bool],
     expected: str,
 ) -> None:
+    """Raise `BadInputError` unless ``accepts`` takes the type of column ``name``."""
     found = file.schema_arrow.field(name).type
     if not accepts(found):
         raise BadInputError(f"{path}: column '{name}' is {found}, expected {expected}")
+
+
+def _is_binary(found: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_binary(found) or types.is_large_binary(found) or types.is_binary_view(found)
+
+
+def _trimmed(texts: pa.ChunkedArray) -> pa.Array:
+    """Return texts without space at either end; null where nothing is left."""
+    texts = pc.utf8_trim_whitespace(texts.cast(pa.string()))
+    blank = pc.equal(texts, "")
+    return pc.if_else(blank, pa.scalar(None, pa.string()), texts).combine_chunks()
 
 
 def _check_ids(path: Path, ids: pa.Array) -> None:

@@ -115,13 +115,6 @@ def test_an_encoder_of_images_gets_every_product_with_its_image(data, tmp_path):
     assert product.embedding.tolist() == [[11, 0], [4, 12], [11, 0], [4, 12]]
 
 
-def test_images_are_optional(data):
-    catalog = read_catalog(data)
-    assert list(catalog.with_images()) == [
-        (["apple juice", "milk", "apple juice", "milk"], [None] * 4)
-    ]
-
-
 def test_queries_of_a_folder_and_of_the_labels(data):
     (data / "impressions.parquet").unlink()
     write(data / "impressions.parquet" / "a.parquet", query=["juice"])
