@@ -141,6 +141,11 @@ class Dataset:
         if not folder.is_dir():
             raise BadInputError(f"{folder}: no such dataset folder")
         schema = DatasetSchema.load(folder)
+        if not (folder / IMPRESSIONS).exists():
+            raise BadInputError(
+                f"{folder / IMPRESSIONS}: no such file; a ranker learns from impressions, which a "
+                "dataset of products and graded queries alone does not have"
+            )
         dataset = cls(
             folder=folder,
             schema=schema,

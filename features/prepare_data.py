@@ -9,10 +9,10 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -22,8 +22,36 @@ from features.errors import BadInputError
 from features.files import atomic_folder
 from features.schema import DatasetSchema
 
+if TYPE_CHECKING:
+    import duckdb
+
 GROUP = "dashclip.datasets"
 SUMMARY = "summary.json"
+
+_LABELS = ("irrelevant", "moderately", "highly")  # in the order of the labels
+_AGGREGATES: dict[str, dict[str, tuple[str, str]]] = {  # by table and name: column and SQL
+    "catalog": {
+        "products": (columns.PRODUCT_ID, "count(*)"),
+        "products_with_aisle": (columns.AISLE, f"count({columns.AISLE})"),
+        "products_with_image": (columns.IMAGE, f"count({columns.IMAGE})"),
+    },
+    "purchases": {"purchases": (columns.PRODUCT_ID, "count(*)")},
+    "relevance": {
+        "judgements": (columns.LABEL, "count(*)"),
+        "judged_queries": (columns.QUERY, f"count(DISTINCT {columns.QUERY})"),
+        **{
+            name: (columns.LABEL, f"count(*) FILTER ({columns.LABEL} = {label})")
+            for label, name in enumerate(_LABELS)
+        },
+    },
+    "impressions": {
+        "impressions": (columns.REQUEST_ID, "count(*)"),
+        "requests": (columns.REQUEST_ID, f"count(DISTINCT {columns.REQUEST_ID})"),
+        "clicks": (columns.CLICKED, f"count(*) FILTER ({columns.CLICKED})"),
+        "first_request": (columns.REQUESTED_AT, f"min({columns.REQUESTED_AT})"),
+        "last_request": (columns.REQUESTED_AT, f"max({columns.REQUESTED_AT})"),
+    },
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +70,24 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a dataset folder holds, as ``summary.json`` and the printed table say it."""
+    """What a dataset folder holds, as ``summary.json`` and the printed table say it.
+
+    A dataset without impressions or purchases has 0 of them and no times.
+
+    Attributes:
+        judgements: graded pairs of a query and a product.
+        judged_queries: distinct queries among them.
+        labels: how many of them are irrelevant, moderately and highly relevant.
+    """
 
     name: str
     products: int
+    products_with_aisle: int
+    products_with_image: int
     purchases: int
     judgements: int
+    judged_queries: int
+    labels: list[int]
     impressions: int
     requests: int
     clicks: int
@@ -93,7 +133,7 @@ def ensure_dataset(name: str, output: Path, *, source: Path | None = None) -> Su
     builder = _find(name, _datasets())
     if _stands(name, output):
         say(f"{output}: {name} is there already")
-        return Summary(**json.loads((output / SUMMARY).read_text(encoding="utf-8")))
+        return _read_summary(output)
     say(f"building {name} in {output}")
     with atomic_folder(output) as scratch:
         builder.load()(scratch, source=source)
@@ -106,43 +146,53 @@ def summarise(folder: Path) -> Summary:
     """Return the counts, span and size of the dataset ``folder``.
 
     Raises:
-        BadInputError: its ``dataset.toml`` is missing or wrong.
+        BadInputError: its ``dataset.toml`` is missing or wrong, or it has no catalog.
     """
     import duckdb
 
     schema = DatasetSchema.load(folder)
-
-    def ask(name: str, expressions: str) -> tuple:
-        path = folder / f"{name}.parquet"
-        files = str(path / "*.parquet" if path.is_dir() else path)
-        row = connection.execute(f"SELECT {expressions} FROM read_parquet(?)", [files]).fetchone()
-        assert row is not None
-        return row
-
+    if not (folder / "catalog.parquet").exists():
+        raise BadInputError(f"{folder / 'catalog.parquet'}: no such file; a dataset has products")
+    found: dict[str, Any] = {}
     with duckdb.connect(config={"threads": 2}) as connection:
-        rows, requests, clicks, first, last = ask(
-            "impressions",
-            f"count(*), count(DISTINCT {columns.REQUEST_ID}), "
-            f"count(*) FILTER ({columns.CLICKED}), "
-            f"min({columns.REQUESTED_AT}), max({columns.REQUESTED_AT})",
-        )
-        (products,), (purchases,) = ask("catalog", "count(*)"), ask("purchases", "count(*)")
-        judged = (folder / "relevance.parquet").exists()
-        judgements = ask("relevance", "count(*)")[0] if judged else 0
+        for table, aggregates in _AGGREGATES.items():
+            found |= _ask(connection, folder / f"{table}.parquet", aggregates)
+    for name in ("first_request", "last_request"):
+        found[name] = found[name].isoformat() if found[name] else ""
+    found["labels"] = [found.pop(label) for label in _LABELS]
     return Summary(
         name=schema.name,
-        products=products,
-        purchases=purchases,
-        judgements=judgements,
-        impressions=rows,
-        requests=requests,
-        clicks=clicks,
-        click_rate=clicks / rows if rows else 0.0,
-        first_request="" if first is None else first.isoformat(),
-        last_request="" if last is None else last.isoformat(),
+        click_rate=found["clicks"] / found["impressions"] if found["impressions"] else 0.0,
         bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         caveat=schema.caveat,
+        **found,
     )
+
+
+def _ask(
+    connection: "duckdb.DuckDBPyConnection", path: Path, aggregates: dict[str, tuple[str, str]]
+) -> dict[str, Any]:
+    """Return aggregates of a table by name: 0 where it, or the column, is not there."""
+    nothing: dict[str, Any] = dict.fromkeys(aggregates, 0)
+    if not path.exists():
+        return nothing
+    files = [str(path / "*.parquet" if path.is_dir() else path)]
+    described = connection.execute("DESCRIBE FROM read_parquet(?)", files).fetchall()
+    there = {row[0] for row in described}
+    asked = {name: sql for name, (column, sql) in aggregates.items() if column in there}
+    row = connection.execute(
+        f"SELECT {', '.join(['count(*)', *asked.values()])} FROM read_parquet(?)", files
+    ).fetchone()
+    assert row is not None
+    return nothing | dict(zip(asked, row[1:], strict=True))
+
+
+def _read_summary(output: Path) -> Summary:
+    """Return the summary of a standing dataset; an older version's is made anew."""
+    content = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
+    if set(content) == {field.name for field in fields(Summary)}:
+        return Summary(**content)
+    return summarise(output)
 
 
 def _datasets() -> dict[str, EntryPoint]:
@@ -172,16 +222,29 @@ def _stands(name: str, output: Path) -> bool:
 
 def _show(summary: Summary) -> None:
     rows = [
-        ("impressions", f"{summary.impressions:,}"),
-        ("requests", f"{summary.requests:,}"),
-        ("clicked", f"{summary.clicks:,} ({summary.click_rate:.3%})"),
-        ("first request", summary.first_request),
-        ("last request", summary.last_request),
         ("products", f"{summary.products:,}"),
-        ("purchases", f"{summary.purchases:,}"),
-        ("graded query-product pairs", f"{summary.judgements:,}"),
-        ("size", f"{summary.bytes / 1e6:.1f} MB"),
+        ("products with an aisle", f"{summary.products_with_aisle:,}"),
+        ("products with an image", f"{summary.products_with_image:,}"),
     ]
+    if summary.purchases:
+        rows.append(("purchases", f"{summary.purchases:,}"))
+    if summary.impressions:
+        rows += [
+            ("impressions", f"{summary.impressions:,}"),
+            ("requests", f"{summary.requests:,}"),
+            ("clicked", f"{summary.clicks:,} ({summary.click_rate:.3%})"),
+            ("first request", summary.first_request),
+            ("last request", summary.last_request),
+        ]
+    if summary.judgements:
+        rows += [
+            ("graded query-product pairs", f"{summary.judgements:,}"),
+            ("graded queries", f"{summary.judged_queries:,}"),
+        ]
+        for name, count in zip(_LABELS, summary.labels, strict=True):
+            relevant = name if name == "irrelevant" else f"{name} relevant"
+            rows.append((relevant, f"{count:,} ({count / summary.judgements:.1%})"))
+    rows.append(("size", f"{summary.bytes / 1e6:.1f} MB"))
     print_table(summary.name, ("what", "how much"), rows)
     if summary.caveat:
         stdout.print(summary.caveat, highlight=False)
