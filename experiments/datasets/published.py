@@ -59,10 +59,13 @@ def find_form(source: Path | None, forms: Sequence[Sequence[str]], how: str) -> 
 def read_csv(
     path: Path, names: Sequence[str], *, separator: str = ",", encoding: str = "utf-8"
 ) -> "pd.DataFrame":
-    """Return the columns ``names`` of a CSV file as the text that stands there, never null.
+    """Return the columns ``names`` of a CSV file as the text that stands there.
+
+    What a row that ends too early lacks is the empty string.
 
     Raises:
-        BadInputError: the file is no CSV of that encoding, lacks a column or has ragged rows.
+        BadInputError: the file is no CSV of that encoding, is empty, lacks a column, or has a row
+            that is longer than its header.
     """
     import pandas as pd
 
@@ -77,9 +80,6 @@ def read_csv(
             raise missing_column(path, name, frame.columns.tolist())
     if not isinstance(frame.index, pd.RangeIndex):  # its first columns were taken for an index
         raise BadInputError(f"{path}: row 1 has more columns than the header")
-    short = frame.isna().any(axis=1).to_numpy()
-    if short.any():
-        raise BadInputError(f"{path}: row {short.argmax() + 1} has too few columns")
     if frame.empty:
         raise BadInputError(f"{path}: the table is empty")
     return frame[list(names)]

@@ -74,6 +74,15 @@ def test_missing_file(data: Path, name: str) -> None:
     assert refused(data).startswith(f"{name}: no such file")
 
 
+def test_graded_queries_alone_train_no_ranker(data: Path) -> None:
+    for name in ("impressions", "purchases"):
+        (data / f"{name}.parquet").unlink()
+    assert refused(data) == (
+        "impressions.parquet: no such file; a ranker learns from impressions, which a dataset of "
+        "products and graded queries alone does not have"
+    )
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="nowhere: no such dataset folder"):
         Dataset.open(tmp_path / "nowhere")

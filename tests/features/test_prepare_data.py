@@ -39,6 +39,20 @@ def toy(output: Path, *, source: Path | None) -> None:
     (output / "dataset.toml").write_text(schema.to_toml())
 
 
+def graded(output: Path, *, source: Path | None) -> None:
+    """Three products, one of them with an image, and graded queries; nobody searched or bought."""
+    catalog = {
+        "product_id": [1, 2, 3],
+        "title": ["a", "b", "c"],
+        "aisle": ["tea", None, "tea"],
+        "image": pa.array([None, None, b"x"], pa.binary()),
+    }
+    pq.write_table(pa.table(catalog), output / "catalog.parquet")
+    pairs = {"query": ["q", "q", "r", "r"], "product_id": [1, 2, 1, 3], "label": [2, 0, 1, 2]}
+    pq.write_table(pa.table(pairs), output / "relevance.parquet")
+    (output / "dataset.toml").write_text(DatasetSchema(name="graded").to_toml())
+
+
 def failing(output: Path, *, source: Path | None) -> None:
     (output / "catalog.parquet").write_bytes(b"half")
     raise BadInputError("the source is odd")
@@ -53,7 +67,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self) -> object:
             return self.builder
 
-    points = [Point("toy", toy), Point("failing", failing)]
+    points = [Point("toy", toy), Point("graded", graded), Point("failing", failing)]
     monkeypatch.setattr(prepare_data, "entry_points", lambda group: points)
     calls.clear()
 
@@ -74,6 +88,33 @@ def test_it_writes_a_folder_with_a_summary(
     printed = capsys.readouterr().out
     assert "33.333%" in printed
     assert "Only a toy." in printed
+
+
+def test_a_dataset_without_impressions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "graded"
+    assert prepare_data.main(["graded", "--output", str(output)]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["products"], summary["products_with_aisle"]) == (3, 2)
+    assert summary["products_with_image"] == 1
+    assert (summary["judgements"], summary["judged_queries"]) == (4, 2)
+    assert summary["labels"] == [1, 1, 2]
+    for name in ("purchases", "impressions", "requests", "clicks", "click_rate"):
+        assert summary[name] == 0
+    assert summary["first_request"] == summary["last_request"] == ""
+    printed = capsys.readouterr().out
+    assert "moderately relevant" in printed
+    assert "2 (50.0%)" in printed
+    assert "impressions" not in printed
+    assert "purchases" not in printed
+
+
+def test_an_older_summary_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "graded"
+    assert prepare_data.main(["graded", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    (output / "summary.json").write_text('{"name": "graded", "products": 3}')
+    assert prepare_data.main(["graded", "--output", str(output)]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_a_standing_dataset_is_left_alone(tmp_path: Path) -> None:
@@ -114,7 +155,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_list_names_the_datasets(capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare_data.main(["--list"]) == 0
-    assert capsys.readouterr().out.split() == ["failing", "toy"]
+    assert capsys.readouterr().out.split() == ["failing", "graded", "toy"]
 
 
 def test_name_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
