@@ -19,6 +19,8 @@ Example::
     [features.dense]                  # numeric columns
     request = ["household_spend"]
     candidate = ["price"]
+
+A dataset of products and graded queries, without impressions, has neither weeks nor features.
 """
 
 import datetime as dt

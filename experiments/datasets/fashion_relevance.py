@@ -179,6 +179,8 @@ def _take(order: np.ndarray, limit: int, *groups: np.ndarray) -> np.ndarray:
     ranked = []
     for group in groups:
         rows = np.flatnonzero(group)
+        if len(rows) > limit:
+            rows = rows[np.argpartition(order[rows], limit)[:limit]]
         ranked.append(rows[np.argsort(order[rows], kind="stable")])
     spare = np.concatenate([rows[share:] for rows in ranked])
     first = [rows[:share] for rows in ranked]
