@@ -5,161 +5,233 @@ Legend: ``N`` rows, ``D`` embedding dimension.
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.progress import Progress, TextColumn
 
 from embeddings.catalog import Catalog, read_catalog, read_queries
+from embeddings.contents import PRODUCT, CatalogReading
 from embeddings.encoder import Encoder
-from embeddings.tables import EmbeddingTable, write_table
-from embeddings.text_encoder import TextEncoder
+from embeddings.images import ImageFaults
+from embeddings.open_encoder import open_encoder
+from embeddings.tables import CONTENT_TYPE, EmbeddingTable, write_table
+from embeddings.vector_store import VectorStore, content_key
 from features.console import progress_bar, say
 from features.errors import BadInputError
-from features.files import atomic_folder, fingerprint
+from features.files import fingerprint, write_text
 
 PRODUCT_TABLE = "product.parquet"
 QUERY_TABLE = "query.parquet"
 SUMMARY = "summary.json"
 
+_QUERY = "query"
+_PARTS = ".parts"
 _TEXTS_AT_ONCE = 2048
 
 
-def build_tables(data: Path, output: Path, encoder: Encoder | None = None) -> None:
+def build_tables(
+    data: Path, output: Path, encoder: Encoder | None = None, *, max_broken_images: float = 0.1
+) -> None:
     """Encode the catalog and the queries of a dataset folder into embedding tables.
 
-    Writes ``product.parquet``, ``query.parquet`` (float16) and ``summary.json`` into ``output``,
-    which appears whole or not at all. Tables that are there already are kept if encoder, catalog
-    and queries are the same, and replaced if not. Products without a title have no row: a ranker
-    takes them for unknown. The same command twice gives the same tables.
+    Writes ``product.parquet``, ``query.parquet`` (float16) and ``summary.json`` into ``output``.
+    Tables that are there already stay until the new ones are whole. They are kept if encoder,
+    catalog and queries are the same; if the encoder is, what they hold of products and queries
+    that did not change is not encoded again.
+
+    A run that was stopped leaves its work in ``output``; the same command again goes on with it
+    and ends with the tables that one run would have given, byte for byte.
+
+    Products without title and image, or without title where the encoder reads no images, have no
+    row: a ranker takes them for unknown. Broken images count as missing.
 
     Args:
         data: the dataset folder; of it, the catalog, the impressions and the relevance labels.
         output: the folder to write.
         encoder: the packaged MiniLM if ``None``.
+        max_broken_images: the largest share of broken images that is put up with.
 
     Raises:
-        BadInputError: an input is missing or broken, or ``output`` holds something else.
+        BadInputError: an input is missing or broken, more images are broken than allowed, or
+            ``output`` holds something else.
     """
     catalog, queries = read_catalog(data), read_queries(data)
-    if catalog.titles.null_count == len(catalog):
-        raise BadInputError(f"{catalog.path}: column 'title' holds no text")
-    encoder = encoder or TextEncoder.packaged()
+    encoder = encoder or open_encoder(None)
+    faults = ImageFaults(max_broken_images)
     origin = {
         "encoder_fingerprint": encoder.fingerprint,
         "dataset_fingerprint": _dataset_fingerprint(catalog, queries),
     }
+    parts = output / _PARTS
     if _holds(output, origin):
+        shutil.rmtree(parts, ignore_errors=True)
         say(f"{output}: holds these embedding tables already; nothing to do")
         return
-    with atomic_folder(output) as folder:
-        counts = _write_tables(folder, catalog, queries, encoder)
-        summary = {**origin, "dimension": encoder.dim, **counts}
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    say(
-        f"{output}: {counts['products']:,} products "
-        f"({counts['products_without_title']:,} without a title left out) and "
-        f"{counts['queries']:,} queries, {counts['texts']:,} texts encoded in "
-        f"{counts['seconds']:.0f} s ({counts['texts_per_second']:,.0f} texts/s)"
-    )
-
-
-def _write_tables(
-    folder: Path, catalog: Catalog, queries: list[str], encoder: Encoder
-) -> dict[str, Any]:
-    """Write both tables and return the counts of the summary."""
-    titled = catalog.titles.is_valid()
-    titles = catalog.titles.filter(titled).dictionary_encode()
-    texts = len(titles) if encoder.reads_images else len(titles.dictionary)
-    texts += len(queries)
-    say(f"encoding {texts:,} texts")
+    store = _found_vectors(output, encoder)
     started = time.perf_counter()
     with progress_bar(TextColumn("{task.fields[rate]}")) as bar:
-        advance = _advancer(bar, texts)
-        if encoder.reads_images:
-            product = _encode_with_images(catalog, len(titles), encoder, advance)
-        else:
-            distinct = titles.dictionary.to_pylist()
-            product = _encode_texts(distinct, encoder.encode_products, encoder.dim, advance)
-            product = product[titles.indices.to_numpy()]
-        query = _encode_texts(queries, encoder.encode_queries, encoder.dim, advance)
+        product_keys = _encode_products(catalog, encoder, store, faults, bar)
+        query_keys = [content_key(_QUERY, query) for query in queries]
+        texts = dict(zip(query_keys, queries, strict=True))
+        _encode_texts(texts, encoder.encode_queries, store, bar, "queries")
     seconds = time.perf_counter() - started
-    for name, ids, embedding in (
-        (PRODUCT_TABLE, catalog.product_ids.filter(titled), product),
-        (QUERY_TABLE, pa.array(queries, pa.string()), query),
-    ):
-        table = EmbeddingTable(
-            ids=ids,
-            embedding=embedding,
-            fingerprint=encoder.fingerprint,
-            normalized=encoder.normalized,
-        )
-        write_table(folder / name, table)
-    return {
-        "products": len(titles),
+    with_row = np.array([key is not None for key in product_keys])
+    product = _table(catalog.product_ids.filter(pa.array(with_row)), product_keys, store, encoder)
+    query = _table(pa.array(queries, pa.string()), query_keys, store, encoder)
+    counts = {
+        "products": len(product),
         "products_without_title": catalog.titles.null_count,
-        "distinct_titles": len(titles.dictionary),
-        "queries": len(queries),
-        "texts": texts,
+        "products_left_out": len(catalog) - len(product),
+        "distinct_titles": pc.count_distinct(catalog.titles).as_py(),
+        "broken_images": faults.broken,
+        "queries": len(query),
+        "encoded": store.added,
+        "reused": len({*product_keys, *query_keys} - {None}) - store.added,
         "seconds": round(seconds, 3),
-        "texts_per_second": round(texts / seconds, 1),
+        "encoded_per_second": round(store.added / seconds, 1),
     }
+    summary = {**origin, "dimension": encoder.dim, **counts}
+    _put(output, {PRODUCT_TABLE: product, QUERY_TABLE: query}, summary)
+    say(_sentence(output, counts))
+
+
+def _found_vectors(output: Path, encoder: Encoder) -> VectorStore:
+    """Return the vectors of this encoder that tables and an unfinished run left in ``output``."""
+    parts = output / _PARTS
+    store = VectorStore(parts, encoder)
+    for path in (output / PRODUCT_TABLE, output / QUERY_TABLE, *sorted(parts.glob("*.parquet"))):
+        store.read(path)
+    if len(store):
+        say(f"{output}: holds {len(store):,} vectors of this encoder; they are not made again")
+    return store
+
+
+def _encode_products(
+    catalog: Catalog, encoder: Encoder, store: VectorStore, faults: ImageFaults, bar: Progress
+) -> list[bytes | None]:
+    """Put the vectors of all products into ``store``; return the content of each product."""
+    if encoder.reads_images and catalog.has_images:
+        reading = CatalogReading(catalog, store, faults)
+        _encode_illustrated(reading, len(catalog), encoder, store, bar)
+        faults.check()
+        keys, titles = reading.keys, reading.titles
+        missing = "neither a title nor a readable image is in any row"
+    else:
+        texts = catalog.titles.to_pylist()
+        keys = [None if text is None else content_key(PRODUCT, text) for text in texts]
+        titles = {key: text for key, text in zip(keys, texts, strict=True) if key is not None}
+        missing = "column 'title' holds no text"
+    if not any(keys):
+        raise BadInputError(f"{catalog.path}: {missing}")
+    _encode_texts(titles, encoder.encode_products, store, bar, "titles")
+    return keys
+
+
+def _encode_illustrated(
+    reading: CatalogReading, products: int, encoder: Encoder, store: VectorStore, bar: Progress
+) -> None:
+    """Encode contents with an image, while a thread reads and decodes the next ones."""
+    from features.batch import prefetch  # it imports torch
+
+    say(f"reading the images of {products:,} products")
+    advance = _advancer(bar, "products with images", products)
+    done = 0
+    for read, batch in prefetch(reading.new(), lambda item: item):
+        if batch:
+            titles = [content.title for content in batch]
+            vectors = encoder.encode_products(titles, [content.image for content in batch])
+            store.add([content.key for content in batch], vectors, titles)
+        advance(read - done)
+        done = read
+    assert done == products, (done, products)
 
 
 def _encode_texts(
-    texts: Sequence[str],
+    texts: Mapping[bytes, str],
     encode: Callable[[Sequence[str]], np.ndarray],
-    dim: int,
-    advance: Callable[[int], None],
-) -> np.ndarray:
-    """Return [N, D] float16 vectors of distinct texts.
+    store: VectorStore,
+    bar: Progress,
+    name: str,
+) -> None:
+    """Put the vectors of texts into ``store``, those that it does not hold.
 
     Texts of like length go together, which spares padding, and in an order of their own, so that
     the result does not depend on the order given.
     """
-    encoded = np.empty((len(texts), dim), np.float16)
-    order = sorted(range(len(texts)), key=lambda row: (len(texts[row]), texts[row]))
-    for start in range(0, len(order), _TEXTS_AT_ONCE):
-        rows = order[start : start + _TEXTS_AT_ONCE]
-        encoded[rows] = encode([texts[row] for row in rows])
-        advance(len(rows))
-    return encoded
+    new = [(len(text), text, key) for key, text in texts.items() if key not in store]
+    say(f"encoding {len(new):,} {name}" + _besides(len(texts) - len(new)))
+    advance = _advancer(bar, name, len(new))
+    new.sort()
+    for start in range(0, len(new), _TEXTS_AT_ONCE):
+        batch = new[start : start + _TEXTS_AT_ONCE]
+        named = [text for _, text, _ in batch]
+        store.add([key for _, _, key in batch], encode(named), named)
+        advance(len(batch))
 
 
-def _encode_with_images(
-    catalog: Catalog, count: int, encoder: Encoder, advance: Callable[[int], None]
-) -> np.ndarray:
-    """Return [N, D] float16 vectors of all products with a title, in the catalog's order."""
-    encoded = np.empty((count, encoder.dim), np.float16)
-    done = 0
-    for _, every_title, every_image in catalog.with_images():
-        titled = [row for row, title in enumerate(every_title) if title]
-        titles = [every_title[row] for row in titled]
-        if titles:
-            images = [every_image[row] for row in titled]
-            encoded[done : done + len(titles)] = encoder.encode_products(titles, images)
-            done += len(titles)
-            advance(len(titles))
-    assert done == count, (done, count)
-    return encoded
+def _besides(reused: int) -> str:
+    return f"; {reused:,} are encoded already" if reused else ""
 
 
-def _advancer(bar: Progress, total: int) -> Callable[[int], None]:
-    """Return what moves ``bar`` forward by a number of texts and shows texts/s."""
-    task = bar.add_task("encode", total=total, rate="")
+def _advancer(bar: Progress, name: str, total: int) -> Callable[[int], None]:
+    """Return what moves ``bar`` forward by a number of items and shows items/s."""
+    task = bar.add_task(name, total=total, rate="")
     started, done = time.perf_counter(), 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
         rate = done / (time.perf_counter() - started)
-        bar.update(task, advance=count, rate=f"{rate:,.0f} texts/s")
+        bar.update(task, advance=count, rate=f"{rate:,.0f} items/s")
 
     return advance
+
+
+def _table(
+    ids: pa.Array, keys: Sequence[bytes | None], store: VectorStore, encoder: Encoder
+) -> EmbeddingTable:
+    """Return the table of those ``keys`` that are not None."""
+    known = [key for key in keys if key is not None]
+    return EmbeddingTable(
+        ids=ids,
+        embedding=store.take(known),
+        fingerprint=encoder.fingerprint,
+        normalized=encoder.normalized,
+        content=pa.array(known, CONTENT_TYPE),
+    )
+
+
+def _put(output: Path, tables: Mapping[str, EmbeddingTable], summary: dict[str, Any]) -> None:
+    """Put new tables, once all are whole, in the place of the old ones.
+
+    The summary, which vouches for the tables, is away while they change; the parts go last.
+    """
+    parts = output / _PARTS
+    for name, table in tables.items():
+        write_table(parts / name, table)
+    (output / SUMMARY).unlink(missing_ok=True)
+    for name in tables:
+        (parts / name).replace(output / name)
+    write_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    shutil.rmtree(parts)
+
+
+def _sentence(output: Path, counts: dict[str, Any]) -> str:
+    broken = counts["broken_images"]
+    return (
+        f"{output}: {counts['products']:,} products "
+        f"({counts['products_left_out']:,} without anything to encode left out"
+        f"{f', {broken:,} broken images' if broken else ''}) and {counts['queries']:,} queries; "
+        f"{counts['encoded']:,} contents encoded in {counts['seconds']:.0f} s "
+        f"({counts['encoded_per_second']:,.0f}/s), {counts['reused']:,} reused"
+    )
 
 
 def _dataset_fingerprint(catalog: Catalog, queries: list[str]) -> str:
@@ -172,7 +244,8 @@ def _dataset_fingerprint(catalog: Catalog, queries: list[str]) -> str:
 def _holds(output: Path, origin: dict[str, str]) -> bool:
     """Return whether ``output`` holds the tables of ``origin``; raise if it is not ours to write.
 
-    A missing or empty folder may be written, as may one that holds other embedding tables.
+    A missing or empty folder may be written, as may one that holds other embedding tables or the
+    work of a run that was stopped.
     """
     if output.exists() and not output.is_dir():
         raise BadInputError(f"{output}: is a file; name a folder")
@@ -182,6 +255,8 @@ def _holds(output: Path, origin: dict[str, str]) -> bool:
         found = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
         same = [found[key] == value for key, value in origin.items()]
     except (OSError, ValueError, KeyError, TypeError):
+        if (output / _PARTS).is_dir():
+            return False
         raise BadInputError(
             f"{output}: holds something other than embedding tables; name another folder"
         ) from None

@@ -9,14 +9,20 @@ from features.console import run_command
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Encode the catalog and the queries of a dataset folder into embedding tables."""
+    """Encode the catalog and the queries of a dataset folder into embedding tables.
+
+    A run that was stopped goes on where it was; a changed catalog encodes only what changed.
+    """
 
     data: Path
     """The dataset folder."""
     output: Path
-    """The folder to write; it appears whole or not at all."""
+    """The folder to write; tables in it stay until the new ones are whole."""
     model: Path | None = None
-    """A local sentence encoder in transformers' form; the packaged MiniLM if not given."""
+    """A model of train-dashclip, or a sentence encoder in transformers' form; the packaged MiniLM
+    if not given."""
+    max_broken_images: float = 0.1
+    """The share of broken images above which the run stops; fewer count as missing."""
 
 
 def main() -> int:
@@ -26,10 +32,14 @@ def main() -> int:
 
 def _build(options: Options) -> None:
     from embeddings.build import build_tables
-    from embeddings.text_encoder import TextEncoder
+    from embeddings.open_encoder import open_encoder
 
-    encoder = TextEncoder(options.model) if options.model else None
-    build_tables(options.data, options.output, encoder)
+    build_tables(
+        options.data,
+        options.output,
+        open_encoder(options.model),
+        max_broken_images=options.max_broken_images,
+    )
 
 
 if __name__ == "__main__":

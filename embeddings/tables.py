@@ -3,7 +3,11 @@
 =============  =========================================================================
 ``id``         int64 product id, or string: the query; unique, never null
 ``embedding``  fixed-size list [D] of float16 or float32; finite
+``content``    optional: 16-byte hash of what the vector was made of; `build-tables` alone
+               looks at it, to encode again only what changed
 =============  =========================================================================
+
+Other columns are not read.
 
 The file's metadata holds, as text, `FINGERPRINT`, `DIMENSION`, `NORMALIZED` and `ROWS`.
 
@@ -27,9 +31,12 @@ DIMENSION = "dashclip.dimension"
 NORMALIZED = "dashclip.normalized"
 ROWS = "dashclip.rows"
 
+CONTENT_TYPE = pa.binary(16)
+
 _TRUTH = {"true": True, "false": False}
 _ID_TYPES = (pa.int64(), pa.string())
 _VALUE_TYPES = (pa.float16(), pa.float32())
+_COLUMNS = (columns.ID, columns.EMBEDDING, columns.CONTENT)
 _ROW_GROUP = 16_384
 
 
@@ -42,6 +49,8 @@ class EmbeddingTable:
         embedding: [N, D] float16 or float32.
         fingerprint: of the encoder that made the embeddings; tables of one model must agree on it.
         normalized: whether each row has L2 norm 1.
+        content: [N] hashes of `CONTENT_TYPE`, of what the vectors were made of; never null.
+            ``None`` where that is not known.
 
     Raises:
         ValueError: a type or shape is not as above.
@@ -51,6 +60,7 @@ class EmbeddingTable:
     embedding: np.ndarray
     fingerprint: str
     normalized: bool
+    content: pa.Array | None = None
 
     def __post_init__(self) -> None:
         if self.ids.type not in _ID_TYPES:
@@ -61,6 +71,15 @@ class EmbeddingTable:
             raise ValueError(
                 f"embedding must be [{len(self.ids)}, D], as there are {len(self.ids)} ids, "
                 f"got {list(self.embedding.shape)}"
+            )
+        if self.content is not None and (
+            self.content.type != CONTENT_TYPE
+            or len(self.content) != len(self.ids)
+            or self.content.null_count
+        ):
+            raise ValueError(
+                f"content must be {len(self.ids)} {CONTENT_TYPE} without nulls, got "
+                f"{len(self.content)} {self.content.type}, {self.content.null_count} of them null"
             )
 
     def __len__(self) -> int:
@@ -86,16 +105,17 @@ def write_table(path: Path, table: EmbeddingTable) -> None:
         NORMALIZED: str(table.normalized).lower(),
         ROWS: str(len(table)),
     }
-    content = pa.table(
-        {
-            columns.ID: table.ids,
-            columns.EMBEDDING: pa.FixedSizeListArray.from_arrays(values, table.dim),
-        }
-    ).replace_schema_metadata(metadata)
+    arrays = {
+        columns.ID: table.ids,
+        columns.EMBEDDING: pa.FixedSizeListArray.from_arrays(values, table.dim),
+    }
+    if table.content is not None:
+        arrays[columns.CONTENT] = table.content
+    rows = pa.table(arrays).replace_schema_metadata(metadata)
     with atomic_file(path) as scratch:
         # Embeddings hardly compress: plain values are several times faster to read.
         pq.write_table(
-            content, scratch, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False
+            rows, scratch, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False
         )
 
 
@@ -110,22 +130,36 @@ def read_table(path: Path) -> EmbeddingTable:
     if not path.is_file():
         raise BadInputError(f"{path}: no such embedding table; `build-tables` writes it")
     try:
-        content = pq.read_table(path, partitioning=None)
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            _check_types(path, schema)
+            read = file.read([name for name in _COLUMNS if name in schema.names])
     except (pa.ArrowException, OSError) as error:
         raise BadInputError(f"{path}: not a readable Parquet file: {error}") from error
-    _check_types(path, content.schema)
-    dim = content.schema.field(columns.EMBEDDING).type.list_size
-    fingerprint, normalized = _read_metadata(path, content.schema, rows=content.num_rows, dim=dim)
-    ids = content.column(columns.ID).combine_chunks()
-    lists = content.column(columns.EMBEDDING)
+    dim = schema.field(columns.EMBEDDING).type.list_size
+    fingerprint, normalized = _read_metadata(path, schema, rows=read.num_rows, dim=dim)
+    ids = read.column(columns.ID).combine_chunks()
+    lists = read.column(columns.EMBEDDING)
     if lists.null_count:
         row = pc.index(pc.is_null(lists), True).as_py() + 1
         raise BadInputError(f"{path}: column '{columns.EMBEDDING}', row {row}: is null")
     embedding = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
     _check_rows(ids, embedding, str(path))
     return EmbeddingTable(
-        ids=ids, embedding=embedding, fingerprint=fingerprint, normalized=normalized
+        ids=ids,
+        embedding=embedding,
+        fingerprint=fingerprint,
+        normalized=normalized,
+        content=_content(read),
     )
+
+
+def _content(read: pa.Table) -> pa.Array | None:
+    """Return the hashes of the contents; None where there are none or the column is another's."""
+    if columns.CONTENT not in read.column_names:
+        return None
+    found = read.column(columns.CONTENT)
+    return found.combine_chunks() if found.type == CONTENT_TYPE and not found.null_count else None
 
 
 def _check_types(path: Path, schema: pa.Schema) -> None:

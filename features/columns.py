@@ -26,3 +26,4 @@ PURCHASE_HISTORY = "purchase_history"
 # embedding tables
 ID = "id"
 EMBEDDING = "embedding"
+CONTENT = "content"
