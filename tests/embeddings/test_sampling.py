@@ -244,6 +244,7 @@ def test_proxies_are_hr_queries_of_another_aisle():
     [
         ([0, 0, 1, -1], {2, 3}),  # a missing aisle differs from a known one
         ([-1, 0, 1, 1], {1, 2, 3}),
+        ([-1, -1, 0, 0], {1, 2, 3}),
         ([-1, -1, -1, -1], {1, 2, 3}),  # where both are missing, any other product serves
         ([0, 0, 0, 0], {1, 2, 3}),  # no other aisle at all: any other product
     ],
@@ -392,3 +393,9 @@ def test_tuples_of_a_block_are_shuffled_and_epochs_differ(large):
     other = sampler_of(judged, aisles, block_products=100, seed=1)
     assert not equal(first[0], next(other.blocks(0)))
     assert all(map(equal, first, sampler.blocks(0)))
+
+
+def test_blocks_draw_apart():
+    judged = copies(labels(0, 0, ir=1, mr=6, hr=9), 20)
+    one, other = sampler_of(judged, positives=5, block_products=10).blocks(0)
+    assert one.positive.tolist() != other.positive.tolist()
