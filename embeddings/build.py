@@ -69,37 +69,42 @@ def build_tables(
         "encoder_fingerprint": encoder.fingerprint,
         "dataset_fingerprint": _dataset_fingerprint(catalog, queries),
     }
-    parts = output / _PARTS
     if _holds(output, origin):
-        shutil.rmtree(parts, ignore_errors=True)
+        shutil.rmtree(output / _PARTS, ignore_errors=True)
         say(f"{output}: holds these embedding tables already; nothing to do")
         return
     store = _found_vectors(output, encoder)
     started = time.perf_counter()
     with progress_bar(TextColumn("{task.fields[rate]}")) as bar:
         product_keys = _encode_products(catalog, encoder, store, faults, bar)
-        query_keys = [content_key(_QUERY, query) for query in queries]
-        texts = dict(zip(query_keys, queries, strict=True))
+        texts = {content_key(_QUERY, query): query for query in queries}
         _encode_texts(texts, encoder.encode_queries, store, bar, "queries")
     seconds = time.perf_counter() - started
-    with_row = np.array([key is not None for key in product_keys])
-    product = _table(catalog.product_ids.filter(pa.array(with_row)), product_keys, store, encoder)
-    query = _table(pa.array(queries, pa.string()), query_keys, store, encoder)
+    product_ids = catalog.product_ids.filter(pa.array([key is not None for key in product_keys]))
+    tables = {
+        PRODUCT_TABLE: _table(product_ids, product_keys, store, encoder),
+        QUERY_TABLE: _table(pa.array(queries, pa.string()), list(texts), store, encoder),
+    }
     counts = {
-        "products": len(product),
-        "products_without_title": catalog.titles.null_count,
-        "products_left_out": len(catalog) - len(product),
-        "distinct_titles": pc.count_distinct(catalog.titles).as_py(),
+        **_catalog_counts(catalog, len(product_ids)),
         "broken_images": faults.broken,
-        "queries": len(query),
+        "queries": len(queries),
         "encoded": store.added,
-        "reused": len({*product_keys, *query_keys} - {None}) - store.added,
+        "reused": len({*product_keys, *texts} - {None}) - store.added,
         "seconds": round(seconds, 3),
         "encoded_per_second": round(store.added / seconds, 1),
     }
-    summary = {**origin, "dimension": encoder.dim, **counts}
-    _put(output, {PRODUCT_TABLE: product, QUERY_TABLE: query}, summary)
+    _put(output, tables, {**origin, "dimension": encoder.dim, **counts})
     say(_sentence(output, counts))
+
+
+def _catalog_counts(catalog: Catalog, encoded: int) -> dict[str, int]:
+    return {
+        "products": encoded,
+        "products_without_title": catalog.titles.null_count,
+        "products_left_out": len(catalog) - encoded,
+        "distinct_titles": pc.count_distinct(catalog.titles).as_py(),
+    }
 
 
 def _found_vectors(output: Path, encoder: Encoder) -> VectorStore:

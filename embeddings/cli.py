@@ -22,7 +22,7 @@ class Options:
     """A model of train-dashclip, or a sentence encoder in transformers' form; the packaged MiniLM
     if not given."""
     max_broken_images: float = 0.1
-    """The share of broken images above which the run stops; fewer count as missing."""
+    """The run stops if more than this share of the images is broken; else they count as missing."""
 
 
 def main() -> int:
