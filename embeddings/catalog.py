@@ -78,6 +78,14 @@ class Catalog:
         with open_parquet(self.path) as file:
             return columns.IMAGE in file.schema_arrow.names
 
+    def any_image(self) -> bool:
+        """Return whether any product has an image, readable or not."""
+        if not self.has_images:
+            return False
+        with open_parquet(self.path) as file:
+            batches = file.iter_batches(_IMAGE_BATCH, columns=[columns.IMAGE])
+            return any(batch.column(0).null_count < batch.num_rows for batch in batches)
+
     def with_images(self) -> Iterator[tuple[list[int], list[str], list[bytes | None]]]:
         """Yield batches of the ids, titles and images of all products, in the catalog's order.
 

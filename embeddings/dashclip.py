@@ -26,8 +26,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from embeddings.image_trunk import TrunkEmbeddings
 
@@ -72,14 +78,16 @@ class DashClipConfig(PretrainedConfig):
         max_tokens: int = 64,
         **kwargs: Any,
     ) -> None:
-        if isinstance(vision_config, dict):
-            vision_config = BlipVisionConfig(**vision_config)
-        if not isinstance(text_config, BlipTextConfig):
-            text_config = BlipTextConfig(**(text_config or {}))
-        if vision_config is not None:
-            text_config.encoder_hidden_size = vision_config.hidden_size
-        self.text_config = text_config
-        self.vision_config = vision_config
+        vision = (
+            BlipVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config
+        )
+        text = text_config
+        if not isinstance(text, BlipTextConfig):
+            text = BlipTextConfig(**(text or {}))
+        if vision is not None:
+            text.encoder_hidden_size = vision.hidden_size
+        self.text_config: Any = text
+        self.vision_config: Any = vision
         self.projection_dim = projection_dim
         self.pooling = pooling
         self.cross_attention_start = cross_attention_start

@@ -252,13 +252,13 @@ def split_queries(
         raise BadInputError(f"the share of held-out queries lies between 0 and 1, got {held_out}")
     test = relevance.published_test
     if test is None:
-        test = _fraction(query_hashes(relevance.queries), seed) < held_out
+        test = hash_fraction(query_hashes(relevance.queries), seed) < held_out
     of_test = test[relevance.query]
     return relevance.take(~of_test), relevance.take(of_test)
 
 
-def _fraction(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """Return a number from 0 to below 1 for each hash: a draw of its own for each seed."""
+def hash_fraction(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Return a number from 0 to below 1 for each int64 hash: a draw of its own for each seed."""
     mixed = _mix(hashes.view(np.uint64) ^ _mix(np.array([seed], np.int64).view(np.uint64)))
     return (mixed >> np.uint64(11)) / 2.0**53
 

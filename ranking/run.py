@@ -29,13 +29,13 @@ from features.console import print_table, progress_bar, say
 from features.errors import BadInputError
 from features.files import write_text
 from features.hardware import fast_precision
+from features.monitor import Monitor
 from features.requests import RequestsManifest, build_requests
 from features.schema import LEVELS, DatasetSchema, Level
 from features.transforms import LevelTransforms, fit
 from ranking.bundle import Bundle, PretrainedTables
 from ranking.config import RankerConfig
 from ranking.metrics import Predictions, SliceMetrics, metrics_document, slice_metrics
-from ranking.monitor import Monitor
 from ranking.ranker import Ranker
 from ranking.report import RunReport, format_slice_rows, write_report
 from ranking.training import Progress, Trainer, predict, seeded
@@ -262,9 +262,16 @@ class _Run:
         rows = data.rows(data.train)
         validation = data.files([data.validation]) if data.validation is not None else None
         trainer = Trainer(ranker, data.schema, data.files(data.train), rows, config, validation)
-        with closing(Monitor(rows * config.epochs, self.output / "tensorboard")) as monitor:
-            progress = trainer.run(self.output / "checkpoint" / "state.safetensors", monitor)
-            monitor.end(progress)
+        board = self.output / "tensorboard"
+        with closing(Monitor("training", rows * config.epochs, "rows", board)) as monitor:
+
+            def note(progress: Progress, loss: float) -> None:
+                figures = {"loss": loss}
+                monitor.step(done=progress.rows, seconds=progress.seconds, figures=figures)
+
+            progress = trainer.run(self.output / "checkpoint" / "state.safetensors", note)
+            for epoch, found in enumerate(progress.validation, 1):
+                monitor.evaluated(epoch, {"log_loss": found})
         return progress
 
     def _write(

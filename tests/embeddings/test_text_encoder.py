@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embeddings.text_encoder import TextEncoder, token_batches
+from embeddings.batching import token_batches
+from embeddings.text_encoder import TextEncoder
 from features.errors import BadInputError
 
 TEXTS = [

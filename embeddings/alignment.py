@@ -1,0 +1,142 @@
+"""Stage 2: aligning query and product encoders on graded relevance (paper, Section 3.2.2).
+
+Each distinct query and product of a batch is encoded once; several processes share them out and
+gather what they made.
+
+Legend: ``B`` tuples of a batch over all processes, ``b`` those of this process, ``K`` negatives of
+a tuple, ``P`` distinct products, ``Q`` distinct queries, ``D`` embedding dimension.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embeddings import distributed
+from embeddings.config import AlignmentConfig
+from embeddings.dashclip import DashClip
+from embeddings.losses import product_query_contrast
+from embeddings.products import Products
+from embeddings.sampling import Tuples, TupleSampler
+from embeddings.stage import Batch
+from embeddings.text_bank import TextBank
+
+
+class Alignment:
+    """Stage 2.
+
+    Args:
+        model: the encoders.
+        config: of the stage.
+        products: titles and images.
+        queries: the queries, numbered as the sampler numbers them.
+        sampler: draws the tuples.
+        watch: returns the figures of the model as it is, where something is to be watched.
+    """
+
+    name = "stage 2"
+
+    def __init__(
+        self,
+        model: DashClip,
+        config: AlignmentConfig,
+        products: Products,
+        queries: TextBank,
+        sampler: TupleSampler,
+        watch: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.examples = len(sampler)
+        self._products = products
+        self._queries = queries
+        self._sampler = sampler
+        self._watch = watch
+
+    def batches(self, epoch: int, size: int) -> Iterator[Batch]:
+        """Yield products ``[B]``, positives ``[B]`` and negatives ``[B, K]``."""
+        left: Tuples | None = None
+        for block in self._sampler.blocks(epoch):
+            if left is not None and len(left):
+                block = _joined(left, block)
+            whole = len(block) // size * size
+            for start in range(0, whole, size):
+                part = block[start : start + size]
+                yield part.product, part.positive, part.negative
+            left = block[whole:]
+
+    def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """Return this process's part of the PQC loss; see `embeddings.stage.Stage`."""
+        product, positive, negative = batch
+        products, product_of = np.unique(product, return_inverse=True)
+        both = np.concatenate([positive[:, None], negative], axis=1)
+        queries, query_of = np.unique(both, return_inverse=True)
+        query_of = query_of.reshape(both.shape)
+        product_vectors = _shared_out(products, lambda rows: self._products.embed(self.model, rows))
+        query_vectors = _shared_out(queries, self._embed_queries)
+        own = distributed.own_slice(len(product))
+        device = product_vectors.device
+        mine = torch.from_numpy(product_of[own]).to(device)
+        wanted = torch.from_numpy(query_of[own]).to(device)
+        cosine = product_vectors @ query_vectors.t()
+        relevant = None
+        if self.config.shared_negatives or self.config.symmetric:
+            known = self._sampler.is_relevant(products[:, None], queries[None, :])
+            relevant = torch.from_numpy(known).to(device)
+        shared = None
+        if self.config.shared_negatives and relevant is not None:
+            shared = ~relevant[mine]
+        losses = product_query_contrast(
+            cosine[mine],
+            wanted[:, 0],
+            wanted[:, 1:],
+            self.config.temperature,
+            shared=shared,
+        )
+        if self.config.symmetric and relevant is not None:
+            losses = (losses + self._backward(cosine, relevant, mine, wanted[:, 0])) / 2
+        loss = losses.sum() / len(product)
+        return loss, {"loss": float(distributed.total(loss.detach()))}
+
+    def after_step(self) -> None:
+        """Nothing follows a step."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Return what is watched."""
+        return self._watch() if self._watch is not None else {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: the sampler depends on the epoch only."""
+        return {}
+
+    def _embed_queries(self, rows: Tensor) -> Tensor:
+        states, mask = self._queries.states(rows)
+        states = self.model.run_text(states, mask, first=self._queries.depth, query=True)
+        return self.model.query_embedding(states, mask)
+
+    def _backward(self, cosine: Tensor, relevant: Tensor, mine: Tensor, positive: Tensor) -> Tensor:
+        """Return the ``[b]`` losses of finding the product of each positive query in the batch.
+
+        NOTE[DIFF]: beyond the paper, which contrasts queries for a product only.
+        """
+        towards = cosine.t()[positive]
+        others = ~relevant.t()[positive]
+        return product_query_contrast(
+            towards, mine, mine[:, None][:, :0], self.config.temperature, shared=others
+        )
+
+
+def _shared_out(rows: np.ndarray, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the ``[N, D]`` embeddings of all rows, each process having made a share of them."""
+    count = distributed.world()
+    share = -(-len(rows) // count)
+    padded = np.concatenate([rows, rows[:1].repeat(share * count - len(rows))])
+    return distributed.gather(embed(torch.from_numpy(padded[distributed.own_slice(len(padded))])))[
+        : len(rows)
+    ]
+
+
+def _joined(first: Tuples, second: Tuples) -> Tuples:
+    names = ("product", "positive", "negative")
+    return Tuples(**{n: np.concatenate([getattr(first, n), getattr(second, n)]) for n in names})

@@ -1,0 +1,78 @@
+"""Batches of texts of like length, and all cores at work on them.
+
+Legend: ``N`` texts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens of a batch, padding included. Matrix products are no faster with more of them, and small
+# batches keep all threads busy to the end.
+TOKEN_BUDGET = 1024
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Yield the rows of each batch: texts of like length, at most ``budget`` tokens with padding.
+
+    Args:
+        lengths: [N] tokens of each text.
+        budget: tokens of a batch; a text longer than that is a batch of its own.
+    """
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        widths = lengths[order[start : start + budget]]
+        padded = widths * np.arange(1, len(widths) + 1)
+        size = max(1, int(np.searchsorted(padded, budget, side="right")))
+        yield order[start : start + size]
+        start += size
+
+
+def for_each(work: Callable[[np.ndarray], None], batches: Sequence[np.ndarray]) -> None:
+    """Do ``work`` on each batch, as many at a time as torch has threads, each on one thread.
+
+    Against several threads within a batch this has no barrier after each matrix product, at which
+    threads wait for the slowest, and the result does not depend on the number of threads.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(work, batches):
+                pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and reporting unused weights, inside the block only."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return token ids [N, T], filled up with ``pad``, and the mask [N, T] of what is a token."""
+    import torch
+
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+    return ids, torch.arange(longest) < lengths[:, None]

@@ -1,0 +1,294 @@
+"""A run of ``train-dashclip``: from a dataset folder to a saved model.
+
+::
+
+    OUTPUT/
+      config.json, model.safetensors, tokenizer files     the model, as transformers saves it
+      training_queries.parquet                            what it was trained on, as hashes
+      start/             the same model before training
+      training.json      figures of both stages           training.toml  resolved configuration
+      run.json           what the run was made of         checkpoint/    state of the training
+      tensorboard/       scalars
+"""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embeddings import distributed
+from embeddings.alignment import Alignment
+from embeddings.batching import quiet_transformers
+from embeddings.catalog import RELEVANCE, Catalog, read_catalog
+from embeddings.config import DashClipTraining, StageConfig
+from embeddings.corpus import Corpus
+from embeddings.dashclip import DashClip
+from embeddings.freezing import freeze
+from embeddings.pretraining import Pretraining
+from embeddings.relevance import Relevance, read_relevance, split_queries, write_training_queries
+from embeddings.sampling import TupleSampler
+from embeddings.stage import Progress, Stage, StageLoop, describe
+from embeddings.starts import Start, fit_projections, load_start
+from features.checkpoint import copy_into, load_state, save_state
+from features.config_file import to_toml
+from features.console import say
+from features.errors import BadInputError
+from features.files import atomic_folder, fingerprint, write_text
+from features.hardware import fast_precision, keep_freed_memory
+from features.monitor import Monitor
+
+FIGURES = "training.json"
+START = "start"
+_CONFIG = "training.toml"
+_RECORD = "run.json"
+_FEWEST = 2  # products with image and title that stage 1 can contrast
+
+
+def train_dashclip(
+    data: Path, output: Path, *, config: DashClipTraining | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Train DashCLIP on a dataset folder; returns the content of ``training.json``.
+
+    Stage 1 runs where products have both an image and a title, stage 2 where the dataset has
+    relevance labels. A run that was stopped carries on; one that is complete is not repeated.
+
+    Args:
+        data: dataset folder: the catalog and, if there, the relevance labels.
+        output: the model's folder.
+        config: of start, stages and data.
+        command: the command line, for the record.
+
+    Raises:
+        BadInputError: an input breaks a rule, there is nothing to train on, or ``output`` holds
+            something else.
+    """
+    config = config or DashClipTraining()
+    with distributed.process_group(), _threads(config.threads):
+        keep_freed_memory()
+        return _Run(data, output, config, command).execute()
+
+
+class _Run:
+    """One run and its folder."""
+
+    def __init__(self, data: Path, output: Path, config: DashClipTraining, command: str) -> None:
+        self.data = data
+        self.output = output
+        self.config = config
+        self.command = command or f"train_dashclip into {output.name}"
+        precision = config.precision
+        if precision == "auto":
+            cuda = distributed.device().type == "cuda"
+            precision = "bfloat16" if cuda else fast_precision()
+        self.bfloat16 = precision == "bfloat16"
+        self.lead = distributed.rank() == 0
+
+    def execute(self) -> dict[str, Any]:
+        catalog = read_catalog(self.data)
+        relevance = None
+        if (self.data / RELEVANCE).exists():
+            relevance = read_relevance(self.data, catalog)
+        self._claim(catalog)
+        finished = self.output / FIGURES
+        if finished.exists():
+            say(f"{self.output}: this model is trained already; its figures:")
+            return dict(json.loads(finished.read_text(encoding="utf-8")))
+        start = self._start(catalog)
+        model = start.model.to(distributed.device())
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        training = None
+        if relevance is not None:
+            held = self.config.held_out_queries
+            training, _ = split_queries(relevance, held_out=held, seed=0)
+        corpus = Corpus(catalog, start, self.config, self.output / "work", self.bfloat16)
+        stages = [self._pretrain(model, corpus), self._align(model, corpus, training)]
+        done = [stage for stage in stages if stage is not None]
+        if not done:
+            raise BadInputError(
+                f"{self.data}: nothing to train on: neither products with both image and title "
+                "nor relevance labels"
+            )
+        return self._write(start, training, corpus, done)
+
+    def _claim(self, catalog: Catalog) -> None:
+        """Make the folder this run's, or find that it is already.
+
+        Raises:
+            BadInputError: it holds something else.
+        """
+        files = [path for path in (catalog.path, self.data / RELEVANCE) if path.exists()]
+        identity = {"data_fingerprint": fingerprint(*files)}
+        config = to_toml(self.config)
+        record, resolved = self.output / _RECORD, self.output / _CONFIG
+        if record.exists() and resolved.exists():
+            found = json.loads(record.read_text(encoding="utf-8"))
+            same = found.get("data_fingerprint") == identity["data_fingerprint"]
+            if not same or resolved.read_text(encoding="utf-8") != config:
+                raise BadInputError(
+                    f"{self.output}: holds another run (its {'configuration' if same else 'data'} "
+                    "differs); choose another --output or remove it"
+                )
+        elif self.output.exists() and not self.output.is_dir():
+            raise BadInputError(f"{self.output}: is a file; name a folder")
+        elif self.output.exists() and {path.name for path in self.output.iterdir()} - {_RECORD}:
+            raise BadInputError(
+                f"{self.output}: exists and is no run of train-dashclip; choose another --output"
+            )
+        elif self.lead:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_text(record, json.dumps(identity | {"command": self.command}, indent=2))
+            write_text(resolved, config)
+        distributed.barrier()
+
+    def _start(self, catalog: Catalog) -> Start:
+        """Return the untrained model; it is kept beside the trained one."""
+        folder = self.output / START
+        if not folder.is_dir():
+            if self.lead:
+                start = load_start(
+                    self.config.start, reads_images=catalog.any_image(), seed=self.config.seed
+                )
+                if start.new_projections:
+                    fit_projections(start, catalog.titles.unique().drop_null().to_pylist())
+                with quiet_transformers(), atomic_folder(folder) as scratch:
+                    start.model.save_pretrained(scratch)
+                    start.tokenizer.save_pretrained(scratch)
+            distributed.barrier()
+        return load_start(
+            self.config.start.at(folder), reads_images=catalog.any_image(), seed=self.config.seed
+        )
+
+    def _pretrain(self, model: DashClip, corpus: Corpus) -> dict[str, Any] | None:
+        """Run stage 1, if there is anything to run it on."""
+        stage_config = self.config.pretraining
+        if not (model.config.reads_images and stage_config.epochs):
+            return None
+        after = self.output / "checkpoint" / "stage-1.safetensors"
+        depth = freeze(model, stage_config.frozen_layers, Pretraining.name)
+        if after.exists():
+            tensors, header = load_state(after)
+            state = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            copy_into(state, tensors, str(after))
+            return dict(header)
+        model.eval()
+        products = corpus.products(model, depth)
+        train, held_out = corpus.pairs(stage_config.held_out)
+        if len(train) < _FEWEST:
+            say("stage 1: hardly a product has both image and title; left out")
+            return None
+        stage = Pretraining(model, stage_config, products, train, held_out, seed=self.config.seed)
+        progress = self._loop(stage, stage_config, model, stage_config.patience)
+        figures = _figures(stage, progress)
+        if self.lead:
+            state = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            save_state(after, state, figures)
+        distributed.barrier()
+        return figures
+
+    def _align(
+        self, model: DashClip, corpus: Corpus, relevance: Relevance | None
+    ) -> dict[str, Any] | None:
+        """Run stage 2, if there are labels."""
+        stage_config = self.config.alignment
+        if relevance is None or not stage_config.epochs:
+            return None
+        depth = freeze(model, stage_config.frozen_layers, Alignment.name)
+        model.eval()
+        sampler = TupleSampler(
+            relevance, corpus.catalog.aisles(), stage_config.sampling, seed=self.config.seed
+        )
+        products = corpus.products(model, depth)
+        queries = corpus.queries(model, depth, relevance.queries)
+        stage = Alignment(model, stage_config, products, queries, sampler)
+        progress = self._loop(stage, stage_config, model, 0)
+        return _figures(stage, progress)
+
+    def _loop(self, stage: Stage, config: StageConfig, model: DashClip, patience: int) -> Progress:
+        loop = StageLoop(
+            stage,
+            model,
+            checkpoint=self.output / "checkpoint" / "state.safetensors",
+            seconds=self.config.checkpoint_seconds,
+            patience=patience,
+            bfloat16=self.bfloat16,
+            seed=self.config.seed,
+        )
+        say(
+            f"{stage.name}: {stage.examples:,} examples an epoch, {config.epochs} epochs of "
+            f"{loop.steps} steps of {loop.batch}"
+        )
+        if not self.lead:
+            return loop.run(lambda progress, figures: None)
+        board = self.output / "tensorboard" / stage.name.replace(" ", "-")
+        with closing(Monitor(stage.name, loop.total, "pairs", board)) as monitor:
+
+            def note(progress: Progress, figures: dict[str, float]) -> None:
+                monitor.step(done=progress.examples, seconds=progress.seconds, figures=figures)
+
+            progress = loop.run(note)
+            for epoch, found in enumerate(progress.evaluations):
+                monitor.evaluated(epoch, found)
+                if found:
+                    say(f"{stage.name}, after epoch {epoch}: {describe(found)}")
+        return progress
+
+    def _write(
+        self,
+        start: Start,
+        training: Relevance | None,
+        corpus: Corpus,
+        stages: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Save the model; ``training.json`` comes last and says that it is whole."""
+        figures = {
+            "command": self.command,
+            "start": self.config.start.checkpoint or "packaged MiniLM",
+            "seed": self.config.seed,
+            "processes": distributed.world(),
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+            "products": len(corpus.catalog),
+            "products_with_image": corpus.images_read,
+            "broken_images": corpus.faults.broken,
+            "training_queries": len(training.judged_queries()) if training else 0,
+            "stages": stages,
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        if self.lead:
+            scratch = self.output / "work" / "model"
+            with quiet_transformers():
+                start.model.save_pretrained(scratch)
+                start.tokenizer.save_pretrained(scratch)
+            write_training_queries(scratch, training.judged_queries() if training else [])
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(self.output / path.name)
+            corpus.close()
+            write_text(self.output / FIGURES, json.dumps(figures, indent=2) + "\n")
+        distributed.barrier()
+        return figures
+
+
+def _figures(stage: Stage, progress: Progress) -> dict[str, Any]:
+    """Return what ``training.json`` tells of a stage."""
+    return {
+        "name": stage.name,
+        "examples_an_epoch": stage.examples,
+        **{k: v for k, v in asdict(progress).items() if k not in ("step", "done")},
+        "pairs_per_second": progress.examples / max(progress.seconds, 1e-9),
+    }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute on ``count`` cores, shared among the processes of this machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, count // distributed.world()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
