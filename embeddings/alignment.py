@@ -111,9 +111,7 @@ class Alignment:
         return {}
 
     def _embed_queries(self, rows: Tensor) -> Tensor:
-        states, mask = self._queries.states(rows)
-        states = self.model.run_text(states, mask, first=self._queries.depth, query=True)
-        return self.model.query_embedding(states, mask)
+        return self.model.query_embedding(self._queries.pooled(rows))
 
     def _backward(self, cosine: Tensor, relevant: Tensor, mine: Tensor, positive: Tensor) -> Tensor:
         """Return the ``[b]`` losses of finding the product of each positive query in the batch.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Tokens of a batch, padding included. Matrix products are no faster with more of them, and small
 # batches keep all threads busy to the end.
 TOKEN_BUDGET = 1024
+_MOST_PADDING = 4 / 3
+_FEWEST_ROWS = 32
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
@@ -33,6 +35,28 @@ def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
         size = max(1, int(np.searchsorted(padded, budget, side="right")))
         yield order[start : start + size]
         start += size
+
+
+def length_buckets(lengths: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each part of a batch whose texts are of like length.
+
+    Padding is arithmetic for nothing: a part ends where its texts would be padded by a third, if
+    it has some rows by then.
+
+    Args:
+        lengths: [N] tokens of each text.
+    """
+    order = np.argsort(lengths, kind="stable")
+    ordered = lengths[order]
+    parts, start = [], 0
+    while start < len(order):
+        end = int(np.searchsorted(ordered, ordered[start] * _MOST_PADDING, side="right"))
+        end = max(end, min(start + _FEWEST_ROWS, len(order)))
+        if len(order) - end < _FEWEST_ROWS // 2:
+            end = len(order)
+        parts.append(order[start:end])
+        start = end
+    return parts
 
 
 def for_each(work: Callable[[np.ndarray], None], batches: Sequence[np.ndarray]) -> None:

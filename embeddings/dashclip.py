@@ -208,27 +208,27 @@ class DashClip(PreTrainedModel):
         return ids
 
     def pool(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Return one ``[N, H]`` vector a text."""
+        """Return one ``[N, H]`` vector a text: of last states ``[N, T, H]`` and mask ``[N, T]``."""
         if self.config.pooling == "cls":
             return states[:, 0]
         mask = mask.unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)
 
-    def title_embedding(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Return ``[N, D]`` unit vectors of titles from the text encoder's last states."""
-        return self._project(self.text_proj, self.pool(states, mask))
+    def title_embedding(self, pooled: Tensor) -> Tensor:
+        """Return ``[N, D]`` unit vectors of titles, pooled from the text encoder's last states."""
+        return self._project(self.text_proj, pooled)
 
-    def product_embedding(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Return ``[N, D]`` unit vectors of products from the (grounded) last states."""
-        return self._project(self.product_proj, self.pool(states, mask))
+    def product_embedding(self, pooled: Tensor) -> Tensor:
+        """Return ``[N, D]`` unit vectors of products, pooled from the (grounded) last states."""
+        return self._project(self.product_proj, pooled)
 
-    def query_embedding(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Return ``[N, D]`` unit vectors of queries from the query encoder's last states."""
-        return self._project(self.query_proj, self.pool(states, mask))
+    def query_embedding(self, pooled: Tensor) -> Tensor:
+        """Return ``[N, D]`` unit vectors of queries, pooled from the query encoder."""
+        return self._project(self.query_proj, pooled)
 
-    def match_logits(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Return ``[N, 2]`` logits of image-text matching from the grounded last states."""
-        return self.itm_head(self.pool(states, mask)).float()
+    def match_logits(self, pooled: Tensor) -> Tensor:
+        """Return ``[N, 2]`` logits of image-text matching, pooled from the grounded last states."""
+        return self.itm_head(pooled).float()
 
     # --- images
 

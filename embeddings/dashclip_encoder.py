@@ -92,14 +92,14 @@ class DashClipEncoder:
         def plain(rows: np.ndarray) -> "torch.Tensor":
             ids, mask = self._padded(tokens, rows)
             states = self.model.run_text(self.model.embed_text(ids), mask)
-            return self.model.product_embedding(states, mask)
+            return self.model.product_embedding(self.model.pool(states, mask))
 
         def grounded(rows: np.ndarray) -> "torch.Tensor":
             ids, mask = self._padded(tokens, rows)
             image_tokens = self._image_tokens([pictures[row] for row in rows])
             states = self.model.embed_text(self.model.ground(ids))
             states = self.model.run_text(states, mask, image_tokens=image_tokens)
-            return self.model.product_embedding(states, mask)
+            return self.model.product_embedding(self.model.pool(states, mask))
 
         self._run(plain, np.flatnonzero(~has_image), tokens, encoded)
         self._run(grounded, np.flatnonzero(has_image), tokens, encoded, _IMAGES_A_BATCH)
@@ -145,7 +145,8 @@ class DashClipEncoder:
         def encode(rows: np.ndarray) -> "torch.Tensor":
             ids, mask = self._padded(tokens, rows)
             states = self.model.embed_text(ids, query=query)
-            return embed(self.model.run_text(states, mask, query=query), mask)
+            states = self.model.run_text(states, mask, query=query)
+            return embed(self.model.pool(states, mask))
 
         self._run(encode, np.arange(len(tokens)), tokens, encoded)
         return encoded

@@ -174,9 +174,8 @@ class Pretraining:
 
     def _views(self, model: DashClip, rows: Tensor) -> _Views:
         tokens = model.run_image(self._images.states(rows), first=self._images.layer)
-        states, mask = self._products.titles.states(self._products.title_of[rows])
-        states = model.run_text(states, mask, first=self._products.titles.depth)
-        return _Views(tokens, model.image_embedding(tokens), model.title_embedding(states, mask))
+        pooled = self._products.titles.pooled(self._products.title_of[rows], model)
+        return _Views(tokens, model.image_embedding(tokens), model.title_embedding(pooled))
 
     def _contrast(
         self,
@@ -234,10 +233,10 @@ class Pretraining:
         tokens = torch.cat(
             [views.image_tokens, tokens_all[other_image[kept]], views.image_tokens[kept]]
         )
-        states, mask = self._products.grounded(self.model, texts, tokens)
-        target = torch.zeros(len(texts), dtype=torch.long, device=states.device)
+        pooled = self._products.grounded(self.model, texts, tokens)
+        target = torch.zeros(len(texts), dtype=torch.long, device=pooled.device)
         target[: len(mine)] = 1
-        return F.cross_entropy(self.model.match_logits(states, mask), target, reduction="none")
+        return F.cross_entropy(self.model.match_logits(pooled), target, reduction="none")
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -42,29 +42,32 @@ class Products:
             if not len(found):
                 continue
             if self.images is not None and bool(pictured[found[0]]):
-                tokens = model.run_image(self.images.states(rows[found]), first=self.images.layer)
-                states, mask = self.grounded(model, rows[found], tokens)
+                states = self.images.states(rows[found])
+                tokens = model.run_image(states, first=self.images.layer)
+                pooled = self.grounded(model, rows[found], tokens)
             else:
-                states, mask = self.titles.states(self._numbers(rows[found]))
-                states = model.run_text(states, mask, first=self.titles.depth)
-            parts.append(model.product_embedding(states, mask))
+                pooled = self.titles.pooled(self._numbers(rows[found]))
+            parts.append(model.product_embedding(pooled))
             order.append(found)
         back = torch.cat(order).argsort()
         return torch.cat(parts)[back.to(parts[0].device)]
 
-    def grounded(
-        self, model: DashClip, rows: Tensor, image_tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return last states ``[N, T, H]`` and mask of titles grounded on ``[N, L, H]`` tokens."""
+    def grounded(self, model: DashClip, rows: Tensor, image_tokens: Tensor) -> Tensor:
+        """Return ``[N, H]``: titles grounded on ``[N, L, H]`` image tokens, pooled."""
         numbers = self._numbers(rows)
         start = model.config.cross_attention_start
-        if start and self.titles.depth <= start:
-            states, mask = self.titles.states(numbers)
-            first = self.titles.depth
-        else:
-            ids, mask = self.titles.ids(numbers)
-            states, first = model.embed_text(model.ground(ids)), 0
-        return model.run_text(states, mask, first=first, image_tokens=image_tokens), mask
+
+        def encode(part: Tensor) -> Tensor:
+            if start and self.titles.depth <= start:
+                states, mask = self.titles.states(numbers[part])
+                first = self.titles.depth
+            else:
+                ids, mask = self.titles.ids(numbers[part])
+                states, first = model.embed_text(model.ground(ids)), 0
+            tokens = image_tokens[part.to(image_tokens.device)]
+            return model.pool(model.run_text(states, mask, first=first, image_tokens=tokens), mask)
+
+        return self.titles.by_length(numbers, encode)
 
     def _numbers(self, rows: Tensor) -> Tensor:
         """Return the numbers of titles; the empty one where there is none."""

@@ -6,13 +6,13 @@ What frozen layers say of a text never changes, so that it is computed once and 
 Legend: ``N`` texts asked for, ``T`` tokens of the longest, ``H`` hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embeddings.batching import for_each, token_batches
+from embeddings.batching import for_each, length_buckets, token_batches
 from embeddings.dashclip import DashClip
 from features.console import progress_bar
 
@@ -57,6 +57,29 @@ class TextBank:
         else:
             self.bytes = 0
 
+    def pooled(self, rows: Tensor, model: DashClip | None = None) -> Tensor:
+        """Return ``[N, H]``: the texts through all layers and pooled, like lengths together.
+
+        Args:
+            rows: ``[N]`` numbers of texts.
+            model: runs the layers above the frozen ones; the bank's own where None.
+        """
+        above = model or self._model
+        return self.by_length(rows, lambda part: self._pooled(rows[part], above))
+
+    def by_length(self, rows: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``[N, H]`` of texts encoded in parts of like length, in the order of ``rows``.
+
+        Args:
+            rows: ``[N]`` numbers of texts.
+            encode: given positions in ``rows``, returns their vectors.
+        """
+        parts = [torch.from_numpy(p) for p in length_buckets(self.lengths[rows].numpy())]
+        if len(parts) == 1:
+            return encode(torch.arange(len(rows)))
+        encoded = torch.cat([encode(part) for part in parts])
+        return encoded[torch.cat(parts).argsort().to(encoded.device)]
+
     def ids(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return token ids ``[N, T]`` and mask ``[N, T]`` of some texts."""
         places, mask = self._places(rows)
@@ -76,6 +99,11 @@ class TextBank:
             states = self._model.embed_text(ids, query=self._query)
             states = self._model.run_text(states, mask, last=self.depth, query=self._query)
         return states.float(), mask
+
+    def _pooled(self, rows: Tensor, model: DashClip) -> Tensor:
+        states, mask = self.states(rows)
+        states = model.run_text(states, mask, first=self.depth, query=self._query)
+        return model.pool(states, mask)
 
     def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         lengths = self.lengths[rows]
