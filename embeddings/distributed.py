@@ -13,21 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from features import console
+
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did, for as long as the block lasts."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    """Join the processes that torchrun started, if it did, for as long as the block lasts.
+
+    Only the first of them prints. A block within another one changes nothing.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if cuda else "gloo")
+    console.stderr.quiet = dist.get_rank() > 0
     try:
         yield
     finally:
         dist.destroy_process_group()
+        console.stderr.quiet = False
 
 
 def rank() -> int:
@@ -96,13 +103,19 @@ def total(value: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its sum over all processes, in one message."""
+    """Replace every gradient by its sum over all processes.
+
+    A parameter that no process used keeps none, as in one process alone.
+    """
     if world() == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is None:  # another process may have used it
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=device())
+    for parameter, uses in zip(parameters, total(used).tolist(), strict=True):
+        if uses and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     for gradient, part in zip(

@@ -42,14 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: Options) -> None:
     config = resolve(options)
-    from embeddings.distributed import rank
+    from embeddings.distributed import process_group, rank
     from embeddings.train import train_dashclip
 
-    say(f"training on {options.data} into {options.output}")
     command = " ".join(["train-dashclip", *sys.argv[1:]])
-    figures = train_dashclip(options.data, options.output, config=config, command=command)
-    if rank() == 0:
-        _show(figures)
+    with process_group():
+        say(f"training on {options.data} into {options.output}")
+        figures = train_dashclip(options.data, options.output, config=config, command=command)
+        if rank() == 0:
+            _show(figures)
 
 
 def resolve(options: Options) -> "DashClipTraining":
