@@ -9,7 +9,7 @@ from embeddings.sampling import SamplingConfig
 from features.config_file import check_least
 from features.errors import BadInputError
 
-_LEAST = dict.fromkeys(("epochs", "batch", "accumulate", "image_layers", "max_tokens"), 1)
+_LEAST = dict.fromkeys(("batch", "accumulate", "image_layers", "max_tokens"), 1)
 _LEAST |= dict.fromkeys(("queue", "patience", "threads"), 1)
 
 
@@ -48,7 +48,7 @@ class StageConfig:
     """How a stage steps.
 
     Attributes:
-        epochs: passes over the stage's examples.
+        epochs: passes over the stage's examples; 0 leaves the stage out.
         batch: examples a step, over all processes.
         accumulate: parts that a step's batch is computed in, to save memory.
         learning_rate: peak of AdamW; warmed up, then a cosine to 0.
@@ -88,7 +88,8 @@ class PretrainingConfig(StageConfig):
         alpha: weight of the soft labels, reached after ``alpha_epochs``.
         alpha_epochs: epochs over which it rises from 0.
         matching: whether the matching loss is trained.
-        patience: evaluations (one an epoch) without a lower matching loss before the stage ends.
+        patience: evaluations (one an epoch) without a lower matching loss before the stage ends;
+            without ``matching`` it runs all its epochs.
         held_out: share of the titles kept for evaluation.
     """
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from embeddings import distributed
 from embeddings.catalog import Catalog
 from embeddings.config import DashClipTraining
 from embeddings.dashclip import DashClip
@@ -64,28 +65,19 @@ class Corpus:
         self._tokens = tokenize(start, [*encoded.dictionary.to_pylist(), ""])
         self._title_bank: TextBank | None = None
         self._image_bank: ImageBank | None = None
+        self._depths = 0, 0
 
     def products(self, model: DashClip, depth: FrozenDepth) -> Products:
         """Return titles and images as the layers above ``depth`` take them.
 
         What an earlier call computed is used again where it is the same.
         """
-        if model.config.reads_images:
-            bank = self._image_bank
-            if bank is None or bank.depth != depth.image:
-                self._image_bank = None
-                self._image_bank = ImageBank(
-                    self.catalog,
-                    model,
-                    depth=depth.image,
-                    room=self._room(),
-                    faults=self.faults,
-                    spool=self._work / "images.arrow",
-                    bfloat16=self._bfloat16,
-                )
-                self.images_read = int(self._image_bank.has_image.sum())
-        if self._title_bank is None or self._title_bank.depth != depth.title:
-            self._title_bank = None
+        depths = depth.title, depth.image
+        if self._title_bank is None or depths != self._depths:
+            # Both anew, so that each has the room that it has in a resumed run.
+            self._title_bank, self._image_bank, self._depths = None, None, depths
+            if model.config.reads_images:
+                self._image_bank = self._read_images(model, depth.image)
             self._title_bank = self._bank(model, self._tokens, depth.title, query=False)
         return Products(titles=self._title_bank, title_of=self._title_of, images=self._image_bank)
 
@@ -108,6 +100,20 @@ class Corpus:
     def close(self) -> None:
         """Remove what was written to the work folder."""
         shutil.rmtree(self._work, ignore_errors=True)
+
+    def _read_images(self, model: DashClip, depth: int) -> ImageBank:
+        self.faults = ImageFaults(self._config.max_broken_images)
+        bank = ImageBank(
+            self.catalog,
+            model,
+            depth=depth,
+            room=self._room(),
+            faults=self.faults,
+            spool=self._work / f"images-{distributed.rank()}.arrow",
+            bfloat16=self._bfloat16,
+        )
+        self.images_read = int(bank.has_image.sum())
+        return bank
 
     def _bank(
         self, model: DashClip, tokens: list[list[int]], depth: int, *, query: bool

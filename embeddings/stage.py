@@ -24,6 +24,8 @@ from features.errors import BadInputError
 
 Batch = tuple[np.ndarray, ...]
 
+_LOSS_POINTS = 100
+
 
 class Stage(Protocol):
     """What the loop asks of a stage.
@@ -74,6 +76,7 @@ class Progress:
         examples: examples trained on so far.
         seconds: time in training, over all resumed parts.
         losses: (examples so far, mean loss since the last entry).
+        unnoted: loss of each step since then.
         evaluations: figures before training and after each epoch.
         best: the epoch (0: before training) whose model is kept.
         done: whether the stage has ended.
@@ -84,6 +87,7 @@ class Progress:
     examples: int = 0
     seconds: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
+    unnoted: list[float] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     best: int = 0
     done: bool = False
@@ -124,6 +128,11 @@ class StageLoop:
         self._seed = seed
         config = stage.config
         unit = config.accumulate * distributed.world()
+        if config.batch % unit:
+            raise BadInputError(
+                f"{stage.name}: a batch of {config.batch} does not divide into {unit} equal parts "
+                f"({config.accumulate} to accumulate times {distributed.world()} processes)"
+            )
         self.batch = min(config.batch, stage.examples) // unit * unit
         if not self.batch:
             raise BadInputError(
@@ -157,8 +166,16 @@ class StageLoop:
         """Examples of all epochs."""
         return self.steps * self.batch * self.stage.config.epochs
 
-    def run(self, on_step: Callable[[Progress, dict[str, float]], None]) -> Progress:
+    def run(
+        self,
+        on_step: Callable[[Progress, dict[str, float]], None] | None = None,
+        on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> Progress:
         """Train to the end, from the checkpoint where there is one of this stage.
+
+        Args:
+            on_step: called after each step with the progress and the step's figures.
+            on_evaluation: called after each evaluation with the epochs done and what it gave.
 
         Raises:
             BadInputError: the loss became NaN or infinite, or the checkpoint does not fit.
@@ -167,7 +184,7 @@ class StageLoop:
         if self.checkpoint.exists():
             self._restore()
         if not progress.evaluations:
-            self._evaluate()
+            self._evaluate(on_evaluation)
         saved = time.monotonic()
         while progress.epoch < self.stage.config.epochs and not self._stale():
             for number, batch in enumerate(self.stage.batches(progress.epoch, self.batch)):
@@ -178,12 +195,14 @@ class StageLoop:
                 progress.step = number + 1
                 progress.examples += self.batch
                 progress.seconds += time.monotonic() - started
-                on_step(progress, figures)
+                self._note(figures["loss"])
+                if on_step:
+                    on_step(progress, figures)
                 if time.monotonic() - saved > self._seconds:
                     self._save()
                     saved = time.monotonic()
             progress.epoch, progress.step = progress.epoch + 1, 0
-            self._evaluate()
+            self._evaluate(on_evaluation)
             self._save()
         if self._best:
             copy_into(self._model_state(), self._best, "best epoch")
@@ -228,11 +247,23 @@ class StageLoop:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-    def _evaluate(self) -> None:
+    def _note(self, loss: float) -> None:
+        """Take a step's loss into the curve, which has about a hundred points."""
+        progress = self.progress
+        progress.unnoted.append(loss)
+        every = max(1, self.steps * self.stage.config.epochs // _LOSS_POINTS)
+        if len(progress.unnoted) == every or progress.examples == self.total:
+            mean = sum(progress.unnoted) / len(progress.unnoted)
+            progress.losses.append((progress.examples, mean))
+            progress.unnoted.clear()
+
+    def _evaluate(self, on_evaluation: Callable[[int, dict[str, float]], None] | None) -> None:
         self.model.eval()
         with torch.no_grad(), self._autocast():
             figures = self.stage.evaluate()
         self.progress.evaluations.append(figures)
+        if on_evaluation:
+            on_evaluation(self.progress.epoch, figures)
         scores = [entry.get("score", math.inf) for entry in self.progress.evaluations]
         # The untrained model is never the one to keep: its matching head knows nothing.
         if self._patience and len(scores) > 1 and scores[-1] <= min(scores[1:]):
@@ -286,6 +317,7 @@ class StageLoop:
         copy_into(self._state(), tensors, str(self.checkpoint))
         for name, value in header["progress"].items():
             setattr(self.progress, name, value)
+        self.progress.losses = [(examples, loss) for examples, loss in self.progress.losses]
         device = self.model.device
         self._best = {name: tensor.to(device) for name, tensor in best.items()}
 

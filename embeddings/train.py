@@ -101,7 +101,7 @@ class _Run:
         start = self._start(catalog)
         model = start.model.to(distributed.device())
         if self.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            _checkpoint_gradients(model)
         training = None
         if relevance is not None:
             held = self.config.held_out_queries
@@ -126,7 +126,12 @@ class _Run:
         identity = {"data_fingerprint": fingerprint(*files)}
         config = to_toml(self.config)
         record, resolved = self.output / _RECORD, self.output / _CONFIG
-        if record.exists() and resolved.exists():
+        if self.output.exists() and not self.output.is_dir():
+            raise BadInputError(f"{self.output}: is a file; name a folder")
+        there = set(self.output.iterdir()) if self.output.exists() else set()
+        there = {path for path in there if ".partial-" not in path.name}
+        begun = there > {record, resolved}
+        if begun:
             found = json.loads(record.read_text(encoding="utf-8"))
             same = found.get("data_fingerprint") == identity["data_fingerprint"]
             if not same or resolved.read_text(encoding="utf-8") != config:
@@ -134,13 +139,12 @@ class _Run:
                     f"{self.output}: holds another run (its {'configuration' if same else 'data'} "
                     "differs); choose another --output or remove it"
                 )
-        elif self.output.exists() and not self.output.is_dir():
-            raise BadInputError(f"{self.output}: is a file; name a folder")
-        elif self.output.exists() and {path.name for path in self.output.iterdir()} - {_RECORD}:
+        elif there - {record, resolved}:
             raise BadInputError(
                 f"{self.output}: exists and is no run of train-dashclip; choose another --output"
             )
-        elif self.lead:
+        distributed.barrier()  # every process has looked
+        if self.lead and not begun:
             self.output.mkdir(parents=True, exist_ok=True)
             write_text(record, json.dumps(identity | {"command": self.command}, indent=2))
             write_text(resolved, config)
@@ -149,17 +153,16 @@ class _Run:
     def _start(self, catalog: Catalog) -> Start:
         """Return the untrained model; it is kept beside the trained one."""
         folder = self.output / START
-        if not folder.is_dir():
-            if self.lead:
-                start = load_start(
-                    self.config.start, reads_images=catalog.any_image(), seed=self.config.seed
-                )
-                if start.new_projections:
-                    fit_projections(start, catalog.titles.unique().drop_null().to_pylist())
-                with quiet_transformers(), atomic_folder(folder) as scratch:
-                    start.model.save_pretrained(scratch)
-                    start.tokenizer.save_pretrained(scratch)
-            distributed.barrier()
+        if not folder.is_dir() and self.lead:
+            start = load_start(
+                self.config.start, reads_images=catalog.any_image(), seed=self.config.seed
+            )
+            if start.new_projections:
+                fit_projections(start, catalog.titles.unique().drop_null().to_pylist())
+            with quiet_transformers(), atomic_folder(folder) as scratch:
+                start.model.save_pretrained(scratch)
+                start.tokenizer.save_pretrained(scratch)
+        distributed.barrier()
         return load_start(
             self.config.start.at(folder), reads_images=catalog.any_image(), seed=self.config.seed
         )
@@ -175,7 +178,8 @@ class _Run:
             tensors, header = load_state(after)
             state = {n: p for n, p in model.named_parameters() if p.requires_grad}
             copy_into(state, tensors, str(after))
-            return dict(header)
+            corpus.images_read, corpus.faults.broken = header["images_read"], header["broken"]
+            return dict(header["figures"])
         model.eval()
         products = corpus.products(model, depth)
         train, held_out = corpus.pairs(stage_config.held_out)
@@ -183,11 +187,14 @@ class _Run:
             say("stage 1: hardly a product has both image and title; left out")
             return None
         stage = Pretraining(model, stage_config, products, train, held_out, seed=self.config.seed)
-        progress = self._loop(stage, stage_config, model, stage_config.patience)
+        # What is stopped on tells nothing where it is not trained.
+        patience = stage_config.patience if stage_config.matching else 0
+        progress = self._loop(stage, stage_config, model, patience)
         figures = _figures(stage, progress)
         if self.lead:
             state = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            save_state(after, state, figures)
+            read = {"images_read": corpus.images_read, "broken": corpus.faults.broken}
+            save_state(after, state, {"figures": figures, **read})
         distributed.barrier()
         return figures
 
@@ -224,19 +231,20 @@ class _Run:
             f"{loop.steps} steps of {loop.batch}"
         )
         if not self.lead:
-            return loop.run(lambda progress, figures: None)
+            return loop.run()
         board = self.output / "tensorboard" / stage.name.replace(" ", "-")
         with closing(Monitor(stage.name, loop.total, "pairs", board)) as monitor:
 
             def note(progress: Progress, figures: dict[str, float]) -> None:
                 monitor.step(done=progress.examples, seconds=progress.seconds, figures=figures)
 
-            progress = loop.run(note)
-            for epoch, found in enumerate(progress.evaluations):
+            def tell(epoch: int, found: dict[str, float]) -> None:
                 monitor.evaluated(epoch, found)
                 if found:
-                    say(f"{stage.name}, after epoch {epoch}: {describe(found)}")
-        return progress
+                    when = f"after epoch {epoch}" if epoch else "before training"
+                    say(f"{stage.name}, {when}: {describe(found)}")
+
+            return loop.run(note, tell)
 
     def _write(
         self,
@@ -278,9 +286,16 @@ def _figures(stage: Stage, progress: Progress) -> dict[str, Any]:
     return {
         "name": stage.name,
         "examples_an_epoch": stage.examples,
-        **{k: v for k, v in asdict(progress).items() if k not in ("step", "done")},
+        **{k: v for k, v in asdict(progress).items() if k not in ("step", "unnoted", "done")},
         "pairs_per_second": progress.examples / max(progress.seconds, 1e-9),
     }
+
+
+def _checkpoint_gradients(model: DashClip) -> None:
+    """Have trained layers compute their activations again in the backward pass."""
+    later = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5
+    enable = later or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 @contextmanager
