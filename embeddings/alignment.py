@@ -55,7 +55,7 @@ class Alignment:
         self._watch = watch
 
     def batches(self, epoch: int, size: int) -> Iterator[Batch]:
-        """Yield products ``[B]``, positives ``[B]`` and negatives ``[B, K]``."""
+        """Yield products ``[B]``, positives ``[B]`` and negatives ``[B, K]``, -1 for none."""
         left: Tuples | None = None
         for block in self._sampler.blocks(epoch):
             if left is not None and len(left):
@@ -71,8 +71,8 @@ class Alignment:
         product, positive, negative = batch
         products, product_of = np.unique(product, return_inverse=True)
         both = np.concatenate([positive[:, None], negative], axis=1)
-        queries, query_of = np.unique(both, return_inverse=True)
-        query_of = query_of.reshape(both.shape)
+        queries = np.unique(both[both >= 0])
+        query_of = np.where(both >= 0, np.searchsorted(queries, both), -1)
         product_vectors = _shared_out(products, lambda rows: self._products.embed(self.model, rows))
         query_vectors = _shared_out(queries, self._embed_queries)
         own = distributed.own_slice(len(product))

@@ -66,12 +66,15 @@ def product_query_contrast(
     Args:
         cosine: ``[B, M]`` of each product and all queries of the batch.
         positive: ``[B]``, which of them is relevant to the product.
-        negatives: ``[B, K]``, which are its negatives.
+        negatives: ``[B, K]``, which are its negatives; -1 for none. A row without any has a loss
+            of 0.
         temperature: ``t``.
         shared: ``[B, M]``, true for further queries to take as negatives.
     """
     near = cosine.gather(1, positive[:, None])
-    parts = [near, cosine.gather(1, negatives)]
+    none = negatives < 0
+    negatives = torch.where(none, positive[:, None], negatives)
+    parts = [near, cosine.gather(1, negatives).masked_fill(none, -torch.inf)]
     if shared is not None:
         own = torch.cat([positive[:, None], negatives], dim=1)
         parts.append(cosine.masked_fill(~shared.scatter(1, own, False), -torch.inf))

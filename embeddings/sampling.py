@@ -42,6 +42,7 @@ class SamplingConfig:
         positives: the most positive queries of a product, at least 2.
         negatives: negative queries of each positive, ``K``.
         block_products: products whose tuples are drawn, and shuffled, together.
+        proxies: without, a tuple has but the negatives that were judged for its product.
 
     Raises:
         BadInputError: a number is too small.
@@ -50,6 +51,7 @@ class SamplingConfig:
     positives: int = 110
     negatives: int = 10
     block_products: int = 1024
+    proxies: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("positives", 2), ("negatives", 1), ("block_products", 1)):
@@ -74,7 +76,7 @@ class Tuples:
     Attributes:
         product: [T] int64, row of the catalog.
         positive: [T] int32, position in the relevance's ``queries``.
-        negative: [T, K] int32, likewise, in no order that means anything.
+        negative: [T, K] int32, likewise, in no order that means anything; -1 where there is none.
     """
 
     product: np.ndarray
@@ -116,7 +118,7 @@ class TupleSampler:
         seed: not negative.
 
     Raises:
-        BadInputError: no product has a relevant query, or all queries are relevant to one.
+        BadInputError: no product has a relevant query, or one has no proxy: all are relevant.
     """
 
     def __init__(
@@ -130,7 +132,8 @@ class TupleSampler:
         if not len(anchors):
             raise BadInputError("no product has a moderately or highly relevant query to train on")
         self._used = np.unique(relevance.query)
-        _check_negatives(judged.product, relevant, len(self._used))
+        if config.proxies:
+            _check_negatives(judged.product, relevant, len(self._used))
         self._query = judged.query
         self._product = judged.product[anchors]
         self._begin = judged.begin[anchors]
@@ -183,7 +186,10 @@ class TupleSampler:
         """Return the tuples of some anchors, shuffled."""
         anchor, level, positive = self._draw_positives(rng, anchors)
         negative, drawn = self._draw_judged(rng, anchor, level)
-        self._add_proxies(rng, anchor, negative, drawn)
+        if self._config.proxies:
+            self._add_proxies(rng, anchor, negative, drawn)
+        else:
+            negative[np.arange(len(negative))[:, None] >= drawn] = -1
         order = rng.permutation(len(anchor))
         return Tuples(
             product=self._product[anchor[order]],
@@ -219,16 +225,17 @@ class TupleSampler:
 
         Returns:
             queries ([K, T] int32), those of a tuple first and anything behind them, and their
-            number ([T]), which is below K where proxies have to follow.
+            number ([T]), which is below K where proxies have to follow, or nothing can.
         """
         count = self._config.negatives
         irrelevant = self._size[anchor, IRRELEVANT]
         pool = irrelevant + np.where(level == HIGH, self._size[anchor, MODERATE], 0)
         drawn = np.minimum(pool, count)
         chosen = _choose(rng, pool, count)
-        replaced = np.flatnonzero((drawn == count) & (chosen < irrelevant).all(axis=0))
-        chosen[rng.integers(count, size=len(replaced)), replaced] = chosen[-1, replaced]
-        drawn[replaced] -= 1
+        if self._config.proxies:
+            replaced = np.flatnonzero((drawn == count) & (chosen < irrelevant).all(axis=0))
+            chosen[rng.integers(count, size=len(replaced)), replaced] = chosen[-1, replaced]
+            drawn[replaced] -= 1
         return self._query[self._begin[anchor, IRRELEVANT] + chosen], drawn
 
     def _add_proxies(
