@@ -49,6 +49,7 @@ class StageConfig:
 
     Attributes:
         epochs: passes over the stage's examples; 0 leaves the stage out.
+        limit: the most examples of an epoch; 0 for all.
         batch: examples a step, over all processes.
         accumulate: parts that a step's batch is computed in, to save memory.
         learning_rate: peak of AdamW; warmed up, then a cosine to 0.
@@ -59,6 +60,7 @@ class StageConfig:
     """
 
     epochs: int = 1
+    limit: int = 0
     batch: int = 256
     accumulate: int = 1
     learning_rate: float = 1e-4
@@ -110,6 +112,24 @@ class PretrainingConfig(StageConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CroppingConfig(StageConfig):
+    """Stage 1 of a catalog without images: crops of titles as queries (`embeddings.cropping`).
+
+    Attributes:
+        temperature: of the contrast.
+    """
+
+    epochs: int = 1
+    batch: int = 256
+    learning_rate: float = 1e-4
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        StageConfig.__post_init__(self)
+        _check_temperature(self.temperature)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AlignmentConfig(StageConfig):
     """Stage 2: product-query contrast (paper, Section 3.2.2 and equation 1).
 
@@ -131,8 +151,7 @@ class AlignmentConfig(StageConfig):
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
-        if not self.temperature > 0:
-            raise BadInputError(f"'temperature' must be above 0, got {self.temperature}")
+        _check_temperature(self.temperature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +161,7 @@ class DashClipTraining:
     Attributes:
         start: the checkpoint.
         pretraining: stage 1.
+        cropping: what takes its place where there are no images.
         alignment: stage 2.
         held_out_queries: share of the queries that training never sees.
         precision: of the matrix products; ``auto`` is bfloat16 where the processor has it.
@@ -156,6 +176,7 @@ class DashClipTraining:
 
     start: StartConfig = field(default_factory=StartConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    cropping: CroppingConfig = field(default_factory=CroppingConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     held_out_queries: float = 0.2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -169,6 +190,11 @@ class DashClipTraining:
     def __post_init__(self) -> None:
         check_least(self, _LEAST)
         _check_shares(self, ("held_out_queries", "max_broken_images"))
+
+
+def _check_temperature(value: float) -> None:
+    if not value > 0:
+        raise BadInputError(f"'temperature' must be above 0, got {value}")
 
 
 def _check_shares(config: Any, names: Iterable[str]) -> None:

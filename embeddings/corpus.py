@@ -97,6 +97,17 @@ class Corpus:
         out = kept_out[self._title_of[rows].numpy()]
         return rows[~out], rows[out]
 
+    def distinct_titles(self) -> tuple[np.ndarray, list[str]]:
+        """Return a catalog row for each distinct title, and the titles."""
+        numbers = self._title_of.numpy()
+        found, rows = np.unique(numbers, return_index=True)
+        kept = found >= 0
+        return rows[kept], self._titles.take(pa.array(found[kept])).to_pylist()
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
+        return tokenize(self._start, texts)
+
     def close(self) -> None:
         """Remove what was written to the work folder."""
         shutil.rmtree(self._work, ignore_errors=True)

@@ -9,6 +9,7 @@ from embeddings.dashclip import DashClip
 # What a stage leaves alone, besides the frozen layers: it takes no part in its loss.
 UNUSED = {
     "stage 1": ("query_encoder", "query_proj", "product_proj"),
+    "title crops": ("text_proj", "vision_proj", "itm_head", "log_temperature"),
     "stage 2": ("text_proj", "vision_proj", "itm_head", "log_temperature"),
 }
 

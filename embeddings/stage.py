@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,7 +140,8 @@ class StageLoop:
                 f"{stage.name}: {stage.examples} examples are fewer than the {unit} parts of a "
                 "batch (parts to accumulate times processes)"
             )
-        self.steps = stage.examples // self.batch
+        examples = min(stage.examples, config.limit) if config.limit else stage.examples
+        self.steps = max(1, examples // self.batch)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
         self._parameters: list[nn.Parameter] = [parameter for _, parameter in named]
@@ -187,14 +189,15 @@ class StageLoop:
             self._evaluate(on_evaluation)
         saved = time.monotonic()
         while progress.epoch < self.stage.config.epochs and not self._stale():
-            for number, batch in enumerate(self.stage.batches(progress.epoch, self.batch)):
-                if number < progress.step:
-                    continue
-                started = time.monotonic()
+            first = progress.step
+            batches = self.stage.batches(progress.epoch, self.batch)
+            clock = time.monotonic()
+            for number, batch in enumerate(islice(batches, first, self.steps), first):
                 figures = self._step(batch, number)
                 progress.step = number + 1
                 progress.examples += self.batch
-                progress.seconds += time.monotonic() - started
+                clock, before = time.monotonic(), clock
+                progress.seconds += clock - before
                 self._note(figures["loss"])
                 if on_step:
                     on_step(progress, figures)

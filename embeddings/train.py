@@ -27,6 +27,7 @@ from embeddings.batching import quiet_transformers
 from embeddings.catalog import RELEVANCE, Catalog, read_catalog
 from embeddings.config import DashClipTraining, StageConfig
 from embeddings.corpus import Corpus
+from embeddings.cropping import TitleCrops
 from embeddings.dashclip import DashClip
 from embeddings.freezing import freeze
 from embeddings.pretraining import Pretraining
@@ -107,7 +108,8 @@ class _Run:
             held = self.config.held_out_queries
             training, _ = split_queries(relevance, held_out=held, seed=0)
         corpus = Corpus(catalog, start, self.config, self.output / "work", self.bfloat16)
-        stages = [self._pretrain(model, corpus), self._align(model, corpus, training)]
+        first = self._pretrain if model.config.reads_images else self._crop
+        stages = [first(model, corpus), self._align(model, corpus, training)]
         done = [stage for stage in stages if stage is not None]
         if not done:
             raise BadInputError(
@@ -170,14 +172,11 @@ class _Run:
     def _pretrain(self, model: DashClip, corpus: Corpus) -> dict[str, Any] | None:
         """Run stage 1, if there is anything to run it on."""
         stage_config = self.config.pretraining
-        if not (model.config.reads_images and stage_config.epochs):
+        if not stage_config.epochs:
             return None
         after = self.output / "checkpoint" / "stage-1.safetensors"
         depth = freeze(model, stage_config.frozen_layers, Pretraining.name)
-        if after.exists():
-            tensors, header = load_state(after)
-            state = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            copy_into(state, tensors, str(after))
+        if (header := _restored(after, model)) is not None:
             corpus.images_read, corpus.faults.broken = header["images_read"], header["broken"]
             return dict(header["figures"])
         model.eval()
@@ -191,12 +190,40 @@ class _Run:
         patience = stage_config.patience if stage_config.matching else 0
         progress = self._loop(stage, stage_config, model, patience)
         figures = _figures(stage, progress)
+        read = {"images_read": corpus.images_read, "broken": corpus.faults.broken}
+        self._keep(after, model, {"figures": figures, **read})
+        return figures
+
+    def _crop(self, model: DashClip, corpus: Corpus) -> dict[str, Any] | None:
+        """Run what takes the place of stage 1 on a catalog without images."""
+        stage_config = self.config.cropping
+        if not stage_config.epochs:
+            return None
+        after = self.output / "checkpoint" / "title-crops.safetensors"
+        depth = freeze(model, stage_config.frozen_layers, TitleCrops.name)
+        if (figures := _restored(after, model)) is not None:
+            return dict(figures["figures"])
+        model.eval()
+        rows, titles = corpus.distinct_titles()
+        stage = TitleCrops(
+            model,
+            stage_config,
+            corpus.products(model, depth),
+            rows,
+            titles,
+            corpus.tokenize,
+            seed=self.config.seed,
+        )
+        figures = _figures(stage, self._loop(stage, stage_config, model, 0))
+        self._keep(after, model, {"figures": figures})
+        return figures
+
+    def _keep(self, after: Path, model: DashClip, header: dict[str, Any]) -> None:
+        """Save what a finished stage trained."""
         if self.lead:
             state = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            read = {"images_read": corpus.images_read, "broken": corpus.faults.broken}
-            save_state(after, state, {"figures": figures, **read})
+            save_state(after, state, header)
         distributed.barrier()
-        return figures
 
     def _align(
         self, model: DashClip, corpus: Corpus, relevance: Relevance | None
@@ -279,6 +306,16 @@ class _Run:
             write_text(self.output / FIGURES, json.dumps(figures, indent=2) + "\n")
         distributed.barrier()
         return figures
+
+
+def _restored(after: Path, model: DashClip) -> dict[str, Any] | None:
+    """Give the model what a finished stage trained; returns its header, None if there is none."""
+    if not after.exists():
+        return None
+    tensors, header = load_state(after)
+    state = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    copy_into(state, tensors, str(after))
+    return header
 
 
 def _figures(stage: Stage, progress: Progress) -> dict[str, Any]:
