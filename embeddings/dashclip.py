@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from embeddings.image_trunk import TrunkEmbeddings
+from features.errors import BadInputError
 
 Pooling = Literal["cls", "mean"]
 MODEL_TYPE = "dashclip"
@@ -145,8 +146,18 @@ class DashClip(PreTrainedModel):
 
     @classmethod
     def load(cls, folder: Path) -> "DashClip":
-        """Load a saved model; see `embeddings.dashclip_encoder` for the one call that encodes."""
-        return cls.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        """Load a saved model; see `embeddings.dashclip_encoder` for the one call that encodes.
+
+        Raises:
+            BadInputError: it lacks a weight.
+        """
+        model, report = cls.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            lacking = min(report["missing_keys"])
+            raise BadInputError(f"{folder}: lacks the weight '{lacking}'")
+        return model
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise new linear layers, embeddings and norms as BERT does."""

@@ -113,7 +113,12 @@ def _from_text_encoder(name: str, config: StartConfig, *, reads_images: bool) ->
     encoder was trained; cross-attention is new, so that only the upper layers have it and its
     output starts at zero.
     """
-    bert = reading(name, lambda: AutoModel.from_pretrained(name, dtype=torch.float32))
+    bert, report = reading(
+        name,
+        lambda: AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True),
+    )
+    # BERT's pooler is not used.
+    _refuse_lacking(name, [key for key in report["missing_keys"] if not key.startswith("pooler.")])
     vision = None
     if reads_images:
         vision = BlipVisionConfig(
@@ -137,7 +142,7 @@ def _from_text_encoder(name: str, config: StartConfig, *, reads_images: bool) ->
             image_trunk=config.image_trunk if reads_images else "",
             image_mean=IMAGENET_MEAN,
             image_std=IMAGENET_STD,
-            max_tokens=config.max_tokens,
+            max_tokens=min(config.max_tokens, text.max_position_embeddings),
         )
     )
     _copy_bert(bert, model.text_encoder)
@@ -179,10 +184,12 @@ def fit_projections(start: Start, titles: Sequence[str]) -> None:
         titles: distinct titles; an evenly spaced sample of them is encoded.
     """
     model = start.model.eval()
+    hidden = model.config.text_config.hidden_size
+    if model.config.projection_dim >= hidden:  # orthogonal from the start: every cosine is kept
+        return
     sample = list(titles[:: max(1, len(titles) // _SAMPLE)])
     tokens = tokenize(start, sample)
     lengths = np.array([len(row) for row in tokens])
-    hidden = model.config.text_config.hidden_size
     vectors = torch.empty(len(tokens), hidden)
 
     def encode(rows: np.ndarray) -> None:
@@ -195,7 +202,7 @@ def fit_projections(start: Start, titles: Sequence[str]) -> None:
     _, directions = torch.linalg.eigh(vectors.t().double() @ vectors.double())  # ascending
     weight = directions.flip(1)[:, : model.config.projection_dim].t().float()
     for layer in (model.text_proj, model.product_proj, model.query_proj):
-        layer.weight.data[: len(weight)] = weight
+        layer.weight.data.copy_(weight)
 
 
 def _text_config(bert: dict[str, Any], tokenizer: Any) -> BlipTextConfig:
@@ -236,7 +243,11 @@ def _from_blip(name: str) -> Start:
     )
     _refuse_lacking(name, report["missing_keys"])
     text, vision = blip.config.text_config, blip.config.vision_config
-    return _blip_start(text, vision, blip.state_dict(), _tokenizer(name), name)
+    tokenizer = _tokenizer(name)
+    if len(tokenizer) + len(_SPECIAL) == text.vocab_size:
+        # Published with BERT's own tokenizer, though BLIP grounds on [ENC].
+        tokenizer.add_tokens(list(_SPECIAL), special_tokens=True)
+    return _blip_start(text, vision, blip.state_dict(), tokenizer, name)
 
 
 def _from_blip_release(path: Path) -> Start:
@@ -301,6 +312,11 @@ def _blip_start(
     tokenizer: Any,
     where: str,
 ) -> Start:
+    if len(tokenizer) > text.vocab_size:
+        raise BadInputError(
+            f"{where}: knows {text.vocab_size:,} tokens, fewer than the {len(tokenizer):,} of its "
+            "tokenizer"
+        )
     enc = tokenizer.convert_tokens_to_ids("[ENC]")
     known = enc is not None and enc != tokenizer.unk_token_id and enc < text.vocab_size
     model = DashClip(
@@ -309,6 +325,7 @@ def _blip_start(
             vision_config=vision.to_dict(),
             projection_dim=weights["text_proj.weight"].shape[0],
             grounded_token_id=enc if known else None,
+            max_tokens=min(DashClipConfig().max_tokens, text.max_position_embeddings),
         )
     )
     temperature = weights.pop("temp", None)
@@ -355,12 +372,17 @@ def model_type(name: str) -> str:
             content = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadInputError(f"{name}/config.json: not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise BadInputError(f"{name}/config.json: must be a JSON object")
         return str(content.get("model_type", "unknown"))
     return reading(name, lambda: AutoConfig.from_pretrained(name)).model_type
 
 
 def _tokenizer(name: str) -> Any:
-    return reading(name, lambda: AutoTokenizer.from_pretrained(name))
+    tokenizer = reading(name, lambda: AutoTokenizer.from_pretrained(name))
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no file
+        raise BadInputError(f"{name}: has no tokenizer that knows a word")
+    return tokenizer
 
 
 def reading(where: str, read: Callable[[], Any]) -> Any:
