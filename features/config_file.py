@@ -32,10 +32,14 @@ def check_least(config: Any, least: Mapping[str, float]) -> None:
 
 def to_toml(config: Any) -> str:
     """Return a configuration dataclass as TOML text, nested ones as tables."""
+    return _tables(config, "")
+
+
+def _tables(config: Any, prefix: str) -> str:
     plain, nested = [], []
     for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config)):
         if dataclasses.is_dataclass(value):
-            nested.append(f"\n[{name}]\n{to_toml(value)}")
+            nested.append(f"\n[{prefix}{name}]\n{_tables(value, f'{prefix}{name}.')}")
         else:
             plain.append(f"{name} = {_toml_value(value)}\n")
     return "".join(plain) + "".join(nested)
