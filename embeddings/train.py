@@ -13,9 +13,10 @@
 
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from embeddings.sampling import TupleSampler
 from embeddings.stage import Progress, Stage, StageLoop, describe
 from embeddings.starts import Start, fit_projections, load_start
 from features.checkpoint import copy_into, load_state, save_state
-from features.config_file import to_toml
+from features.config_file import from_toml, to_toml
 from features.console import say
 from features.errors import BadInputError
 from features.files import atomic_folder, fingerprint, write_text
@@ -47,6 +48,8 @@ FIGURES = "training.json"
 START = "start"
 _CONFIG = "training.toml"
 _RECORD = "run.json"
+_STAGE_1 = Path("checkpoint", "stage-1.safetensors")
+_TITLE_CROPS = Path("checkpoint", "title-crops.safetensors")
 _FEWEST = 2  # products with image and title that stage 1 can contrast
 
 
@@ -72,6 +75,35 @@ def train_dashclip(
     with distributed.process_group(), _threads(config.threads):
         keep_freed_memory()
         return _Run(data, output, config, command).execute()
+
+
+def begin_at_stage_2(source: Path, output: Path, config: DashClipTraining) -> None:
+    """Begin a run on the data of another with what that one had before stage 2.
+
+    `train_dashclip` then goes on in ``output`` and gives what it would have given from the start.
+    Where ``output`` exists, nothing happens.
+
+    Args:
+        source: folder of the other run, which has finished.
+        output: the new model's folder.
+        config: differs from that of the other run in stage 2 only.
+
+    Raises:
+        BadInputError: it differs elsewhere.
+    """
+    if output.exists():
+        return
+    found = from_toml(source / _CONFIG, DashClipTraining)
+    if replace(config, alignment=found.alignment) != found:
+        raise BadInputError(f"{source}: its configuration differs in more than stage 2")
+    with atomic_folder(output) as folder:
+        shutil.copytree(source / START, folder / START)
+        for name in (_STAGE_1, _TITLE_CROPS):
+            if (source / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy(source / name, folder / name)
+        shutil.copy(source / _RECORD, folder / _RECORD)
+        (folder / _CONFIG).write_text(to_toml(config), encoding="utf-8")
 
 
 class _Run:
@@ -174,7 +206,7 @@ class _Run:
         stage_config = self.config.pretraining
         if not stage_config.epochs:
             return None
-        after = self.output / "checkpoint" / "stage-1.safetensors"
+        after = self.output / _STAGE_1
         depth = freeze(model, stage_config.frozen_layers, Pretraining.name)
         if (header := _restored(after, model)) is not None:
             corpus.images_read, corpus.faults.broken = header["images_read"], header["broken"]
@@ -199,7 +231,7 @@ class _Run:
         stage_config = self.config.cropping
         if not stage_config.epochs:
             return None
-        after = self.output / "checkpoint" / "title-crops.safetensors"
+        after = self.output / _TITLE_CROPS
         depth = freeze(model, stage_config.frozen_layers, TitleCrops.name)
         if (figures := _restored(after, model)) is not None:
             return dict(figures["figures"])
