@@ -210,8 +210,8 @@ def _text_config(bert: dict[str, Any], tokenizer: Any) -> BlipTextConfig:
     same = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
-        *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
-    )
+        "initializer_range",
+    )  # and no dropout, as in BLIP's checkpoints
     return BlipTextConfig(
         **{name: bert[name] for name in same},
         pad_token_id=tokenizer.pad_token_id,

@@ -11,13 +11,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from embeddings.relevance import HIGH, IRRELEVANT, MODERATE
-from ranking.plots import _COLORS, _STYLE, _figure, _svg
+from ranking.plots import COLORS, STYLE, new_figure, to_svg
 
 GRADES = ("IR", "MR", "HR")
 MOST_POINTS = 3000
 NAMED_AISLES = 16
 
-_GRADE_COLORS = (_COLORS[1], _COLORS[0], _COLORS[2])
+_GRADE_COLORS = (COLORS[1], COLORS[0], COLORS[2])
 _GRID = 400
 _OTHER = "#8a929b"
 # Of about one brightness, so that they show on light and on dark pages.
@@ -65,7 +65,7 @@ def tsne_plot(points: np.ndarray, classes: np.ndarray, names: Sequence[str]) -> 
     # In points of print, so that text and map have one measure.
     places = (points - low) / np.maximum(high - low, 1e-9) * (np.array(_MAP_INCHES) * 72 - 12) + 6
     width, height = (72 * side for side in _MAP_INCHES)
-    with mpl.rc_context(_STYLE | {"figure.constrained_layout.use": False}):
+    with mpl.rc_context(STYLE | {"figure.constrained_layout.use": False}):
         figure = Figure(figsize=_MAP_INCHES, dpi=_MAP_DPI)
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
         axes.set_axis_off()
@@ -86,7 +86,7 @@ def tsne_plot(points: np.ndarray, classes: np.ndarray, names: Sequence[str]) -> 
             left = x - size[0] / 2
             axes.scatter(left + 4, y, s=26, color=color, edgecolors=ink, linewidths=0.6, zorder=3)
             axes.text(left + 9, y, names[aisle], va="center_baseline", fontsize=_LABEL_POINTS)
-        return _svg(figure, "tsne")
+        return to_svg(figure, "tsne")
 
 
 def spread_labels(centres: np.ndarray, sizes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -125,8 +125,8 @@ def density_plot(cosine: np.ndarray, label: np.ndarray, limits: tuple[float, flo
         limits: ends of the horizontal axis, so that two plots can be compared.
     """
     grid = np.linspace(*limits, _GRID)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure("Cosine of query and product", "Density")
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure("Cosine of query and product", "Density")
         for grade, (name, color) in enumerate(zip(GRADES, _GRADE_COLORS, strict=True)):
             values = cosine[label == grade]
             density = _density(values, grid)
@@ -141,7 +141,7 @@ def density_plot(cosine: np.ndarray, label: np.ndarray, limits: tuple[float, flo
         if axes.get_legend_handles_labels()[0]:
             # Above the curves: within the axes it would hide one or the other.
             figure.legend(loc="outside upper left", ncols=len(GRADES), **_TIGHT)
-        return _svg(figure, "density")
+        return to_svg(figure, "density")
 
 
 _TIGHT: dict[str, Any] = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 1}

@@ -74,9 +74,11 @@ def run(options: Options) -> None:
 
 def _untrained(model: Path | None) -> Encoder:
     """Return what the training of ``model`` started from."""
-    from embeddings.text_encoder import TextEncoder
+    from embeddings.open_encoder import open_encoder
+    from embeddings.train import START
 
-    return TextEncoder.packaged()
+    start = None if model is None else model / START
+    return open_encoder(start if start is not None and start.is_dir() else None)
 
 
 def product_tasks(

@@ -3,9 +3,12 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from features.console import run_command
+
+if TYPE_CHECKING:
+    from embeddings.encoder import Encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ def _benchmark(options: Options) -> None:
     from experiments.retrieval_table import benchmark_retrieval
 
     methods = Methods(
+        untrained=_untrained(options.model),
         checkpoints={"clip": options.clip, "blip": options.blip, "flava": options.flava},
         search=options.search,
     )
@@ -58,6 +62,15 @@ def _benchmark(options: Options) -> None:
         max_broken_images=options.max_broken_images,
         command=" ".join(["benchmark-retrieval", *sys.argv[1:]]),
     )
+
+
+def _untrained(model: Path | None) -> "Encoder | None":
+    """Return the start that a DashCLIP model keeps beside itself."""
+    from embeddings.dashclip_encoder import DashClipEncoder
+    from embeddings.train import START
+
+    start = None if model is None else model / START
+    return DashClipEncoder(start) if start is not None and start.is_dir() else None
 
 
 if __name__ == "__main__":

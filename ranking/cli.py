@@ -26,7 +26,7 @@ class Options:
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Dataset folder; data/complete-journey, built if need be, where not given."""
     tables: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of embedding tables; DATA/tables, built if need be, where not given."""
+    """Folder of embedding tables; made of a DashCLIP trained on DATA where not given."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """The run's folder; runs/NAME-OF-THE-DATASET-FOLDER where not given."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None

@@ -21,8 +21,8 @@ from ranking.metrics import Predictions, reliability_bins, roc_points, score_his
 # Stand-ins that become CSS values in the finished SVG.
 _INK, _RULE = "#010203", "#040506"
 _CSS = {_INK: "currentColor", _RULE: "var(--rule)"}
-_COLORS = ("#3478c9", "#d9762b", "#2f9e78")
-_STYLE: dict[Any, Any] = {
+COLORS = ("#3478c9", "#d9762b", "#2f9e78")
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": _RULE,
     "axes.grid": True,
     "axes.labelcolor": _INK,
@@ -48,10 +48,10 @@ _TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999)
 
 def roc_plot(predictions: Predictions) -> str:
     """Draw the ROC curve of every slice that has clicks and non-clicks."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure("False positive rate", "True positive rate")
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure("False positive rate", "True positive rate")
         axes.plot([0, 1], [0, 1], color=_RULE, linewidth=1)
-        for color, (name, part) in zip(_COLORS, predictions.slices().items(), strict=True):
+        for color, (name, part) in zip(COLORS, predictions.slices().items(), strict=True):
             # The whole is drawn wide and pale: the slices often cover it.
             width, alpha = (4.0, 0.4) if name == "all" else (1.4, 1.0)
             if not part.one_class:
@@ -59,7 +59,7 @@ def roc_plot(predictions: Predictions) -> str:
                 line.set(linewidth=width, alpha=alpha)
         axes.set(xlim=(0, 1), ylim=(0, 1.005))
         axes.legend(loc="lower right")
-        return _svg(figure, "roc")
+        return to_svg(figure, "roc")
 
 
 def calibration_plot(predictions: Predictions) -> str:
@@ -70,8 +70,8 @@ def calibration_plot(predictions: Predictions) -> str:
     """
     bins = reliability_bins(predictions)
     rare = predictions.clicked.mean() < _RARE
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure("Mean predicted click rate", "Observed click rate")
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure("Mean predicted click rate", "Observed click rate")
         shown = (bins.positives > 0) & (bins.predicted > 0) if rare else bins.rows > 0
         silent = ~shown & (bins.predicted > 0)
         positive = np.concatenate([bins.predicted, bins.low, bins.high])
@@ -82,12 +82,12 @@ def calibration_plot(predictions: Predictions) -> str:
             bins.predicted[shown],
             bins.observed[shown],
             yerr=[(bins.observed - bins.low)[shown], (bins.high - bins.observed)[shown]],
-            color=_COLORS[0],
+            color=COLORS[0],
             fmt="o-",
             markersize=3.5,
             linewidth=1.2,
         )
-        axes.plot(bins.predicted[silent], bins.high[silent], "v", color=_COLORS[1], markersize=4)
+        axes.plot(bins.predicted[silent], bins.high[silent], "v", color=COLORS[1], markersize=4)
         if rare:
             axes.set(xscale="log", yscale="log")
             steps = (1.0, 2.0, 5.0) if ends[1] / ends[0] < 100 else (1.0,)
@@ -96,18 +96,18 @@ def calibration_plot(predictions: Predictions) -> str:
                 axis.set_major_formatter(FuncFormatter(lambda rate, _: _percent(rate)))
                 axis.set_minor_formatter(FuncFormatter(lambda _rate, _: ""))
         axes.set(xlim=ends, ylim=ends)
-        return _svg(figure, "calibration")
+        return to_svg(figure, "calibration")
 
 
 def histogram_plot(predictions: Predictions) -> str:
     """Draw the share of clicked and of unclicked rows over the score, spaced in log odds."""
     histogram = score_histogram(predictions)
     edges = histogram.log_odds
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure("Predicted click rate (log odds scale)", "Share of the rows")
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure("Predicted click rate (log odds scale)", "Share of the rows")
         for shares, color, label in (
-            (histogram.unclicked, _COLORS[0], "not clicked"),
-            (histogram.clicked, _COLORS[1], "clicked"),
+            (histogram.unclicked, COLORS[0], "not clicked"),
+            (histogram.clicked, COLORS[1], "clicked"),
         ):
             axes.stairs(shares, edges, fill=True, color=color, alpha=0.3)
             axes.stairs(shares, edges, color=color, label=label)
@@ -116,7 +116,7 @@ def histogram_plot(predictions: Predictions) -> str:
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(bottom=0)
         axes.legend(loc="best")
-        return _svg(figure, "histogram")
+        return to_svg(figure, "histogram")
 
 
 def loss_plot(curve: Sequence[tuple[int, float]]) -> str:
@@ -127,18 +127,18 @@ def loss_plot(curve: Sequence[tuple[int, float]]) -> str:
     """
     rows, loss = np.asarray(curve, dtype=np.float64).T
     thin = np.unique(np.linspace(0, len(rows) - 1, _MAX_POINTS).astype(np.int64))
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure("Training rows seen", "Training log loss")
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure("Training rows seen", "Training log loss")
         width = len(rows) // 20
         if width < 2:
-            axes.plot(rows, loss, "o-", color=_COLORS[0], markersize=3)
+            axes.plot(rows, loss, "o-", color=COLORS[0], markersize=3)
         else:
-            axes.plot(rows[thin], loss[thin], color=_COLORS[0], alpha=0.35, linewidth=1)
-            axes.plot(rows[thin], _moving_mean(loss, width)[thin], color=_COLORS[0])
+            axes.plot(rows[thin], loss[thin], color=COLORS[0], alpha=0.35, linewidth=1)
+            axes.plot(rows[thin], _moving_mean(loss, width)[thin], color=COLORS[0])
             # The first few steps start from chance and would flatten all the rest.
             axes.set_ylim(0.95 * loss.min(), 1.1 * np.quantile(loss, 0.98))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
-        return _svg(figure, "loss")
+        return to_svg(figure, "loss")
 
 
 def _log_odds_ticks(low: float, high: float) -> list[float]:
@@ -159,14 +159,15 @@ def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def new_figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Return an empty figure of the report with its axes."""
     # Not through pyplot: a bare Figure has no global registry, so it is freed like any object.
     figure = Figure(figsize=(4.4, 3.3))
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def to_svg(figure: Figure, name: str) -> str:
     """Return the figure as an ``<svg>`` element fit to stand in an HTML page."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):

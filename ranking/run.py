@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from embeddings.build import build_tables
+from embeddings.default_tables import ensure_tables
 from features import columns
 from features.batch import RecordFiles, level_features
 from features.config_file import to_toml
@@ -145,7 +145,7 @@ def train_ranker(
     Args:
         data: dataset folder; its request records are built into ``data/requests`` if need be.
         output: the run's folder.
-        tables: folder of embedding tables; built into ``data/tables`` where None.
+        tables: folder of embedding tables; of DashCLIP trained on ``data`` where None.
         config: of model, transforms and training.
         command: the command line, for the report.
 
@@ -168,8 +168,7 @@ def train_ranker(
     pretrained = None
     if config.model.embedding_tower:
         if tables is None:
-            tables = data / "tables"
-            build_tables(data, tables)
+            tables = ensure_tables(data)
         pretrained = PretrainedTables.read(tables)
     run = _Run(split, pretrained, config, output, command)
     return run.execute()
