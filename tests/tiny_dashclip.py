@@ -22,6 +22,7 @@ from transformers import (
 
 from embeddings.batching import quiet_transformers
 from embeddings.dashclip import DashClip, DashClipConfig, Pooling
+from embeddings.image_trunk import load_pretrained
 from embeddings.starts import Start
 from embeddings.text_encoder import TextEncoder
 
@@ -71,7 +72,7 @@ def tiny_model(
         cross_attention_start: the first layer that attends to images.
         grounded_token_id: what a grounded text starts with.
         layers: of the text encoder.
-        trunk: image trunk in place of patches, its weights at random; images of 64 pixels then.
+        trunk: packaged image trunk in place of patches; images of 64 pixels then.
         dim: of the embeddings.
         dropout: in training mode.
         seed: the same one gives the same weights.
@@ -103,6 +104,8 @@ def tiny_model(
         torch.manual_seed(seed)
         model = DashClip(config)
         _draw(model)
+    if trunk:
+        load_pretrained(model.vision_model.embeddings, trunk)
     return model.eval()
 
 

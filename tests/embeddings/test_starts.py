@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, BlipForImageTextRetrieval
 
 from embeddings.batching import padded, quiet_transformers
 from embeddings.config import StartConfig
+from embeddings.image_trunk import TrunkEmbeddings, load_pretrained
 from embeddings.images import to_pixels
 from embeddings.starts import Start, fit_projections, load_start, rename_blip, tokenize
 from features.errors import BadInputError
@@ -171,9 +172,10 @@ def test_images_say_nothing_before_cross_attention_is_trained(from_bert):
 
 
 def test_a_trunk_with_its_trained_weights(from_bert):
-    other = tiny_model(trunk="efficientnet-lite0").vision_model.embeddings.trunk
+    packaged = TrunkEmbeddings("efficientnet-lite0", 32, 32)
+    load_pretrained(packaged, "efficientnet-lite0")
     trunk = from_bert.model.vision_model.embeddings.trunk
-    assert not torch.equal(trunk._conv_stem.weight, other._conv_stem.weight)
+    assert torch.equal(trunk._conv_stem.weight, packaged.trunk._conv_stem.weight)
     assert trunk._bn0.running_var.std() > 0.1  # ones before any training
     assert from_bert.model.config.vision_config.num_hidden_layers == 2
     assert from_bert.model.config.image_mean == (0.485, 0.456, 0.406)
