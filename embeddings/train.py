@@ -17,10 +17,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from embeddings import distributed
 from embeddings.alignment import Alignment
@@ -50,7 +52,7 @@ _CONFIG = "training.toml"
 _RECORD = "run.json"
 _STAGE_1 = Path("checkpoint", "stage-1.safetensors")
 _TITLE_CROPS = Path("checkpoint", "title-crops.safetensors")
-_FEWEST = 2  # products with image and title that stage 1 can contrast
+_FEWEST = 2  # products, or titles, that can be contrasted
 
 
 def train_dashclip(
@@ -237,6 +239,8 @@ class _Run:
             return dict(figures["figures"])
         model.eval()
         rows, titles = corpus.distinct_titles()
+        if len(rows) < _FEWEST:
+            return None
         stage = TitleCrops(
             model,
             stage_config,
@@ -362,9 +366,11 @@ def _figures(stage: Stage, progress: Progress) -> dict[str, Any]:
 
 def _checkpoint_gradients(model: DashClip) -> None:
     """Have trained layers compute their activations again in the backward pass."""
-    later = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5
-    enable = later or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    # The public way to do it has two names over the versions of transformers, and makes frozen
+    # embeddings take part in the backward pass.
+    model._set_gradient_checkpointing(
+        gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+    )
 
 
 @contextmanager
