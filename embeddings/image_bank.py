@@ -78,23 +78,29 @@ class ImageBank:
         self._place = place
         self.has_image = place >= 0
 
-    def states(self, rows: Tensor) -> Tensor:
-        """Return ``[N, L, C]``, what `DashClip.run_image` takes from `layer` on."""
+    def states(self, rows: Tensor, model: DashClip | None = None) -> Tensor:
+        """Return ``[N, L, C]``, what `DashClip.run_image` takes from `layer` on.
+
+        Args:
+            rows: ``[N]`` catalog rows, all with an image.
+            model: whose patches to take where nothing is frozen; the bank's own where None.
+        """
         places = self._place[rows]
         assert bool((places >= 0).all()), "a row without an image"
         if self._features is not None:
             return self._features[places.to(self._features.device)].float()
         assert self._files is not None
-        return self._frozen(self._pixels([decode_image(self._files[p].as_py()) for p in places]))
+        images = [decode_image(self._files[p].as_py()) for p in places]
+        return self._frozen(self._pixels(images), model)
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         config = self._model.config
         size = config.vision_config.image_size
         return to_pixels(images, size, config.image_mean, config.image_std).to(self._model.device)
 
-    def _frozen(self, pixels: Tensor) -> Tensor:
+    def _frozen(self, pixels: Tensor, model: DashClip | None = None) -> Tensor:
         """Return what precedes the first trainable layer, without gradient where it is frozen."""
-        model, kind = self._model, self._model.device.type
+        model, kind = model or self._model, self._model.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self._bfloat16):
             if not self.layer:  # a trunk has no gradient by itself, BLIP's patches are trained
                 return model.embed_image(pixels).float()

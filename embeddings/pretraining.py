@@ -173,7 +173,7 @@ class Pretraining:
         return zero, {"loss": 0.0}
 
     def _views(self, model: DashClip, rows: Tensor) -> _Views:
-        tokens = model.run_image(self._images.states(rows), first=self._images.layer)
+        tokens = model.run_image(self._images.states(rows, model), first=self._images.layer)
         pooled = self._products.titles.pooled(self._products.title_of[rows], model)
         return _Views(tokens, model.image_embedding(tokens), model.title_embedding(pooled))
 

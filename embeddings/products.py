@@ -42,11 +42,11 @@ class Products:
             if not len(found):
                 continue
             if self.images is not None and bool(pictured[found[0]]):
-                states = self.images.states(rows[found])
+                states = self.images.states(rows[found], model)
                 tokens = model.run_image(states, first=self.images.layer)
                 pooled = self.grounded(model, rows[found], tokens)
             else:
-                pooled = self.titles.pooled(self._numbers(rows[found]))
+                pooled = self.titles.pooled(self._numbers(rows[found]), model)
             parts.append(model.product_embedding(pooled))
             order.append(found)
         back = torch.cat(order).argsort()
@@ -59,7 +59,7 @@ class Products:
 
         def encode(part: Tensor) -> Tensor:
             if start and self.titles.depth <= start:
-                states, mask = self.titles.states(numbers[part])
+                states, mask = self.titles.states(numbers[part], model)
                 first = self.titles.depth
             else:
                 ids, mask = self.titles.ids(numbers[part])

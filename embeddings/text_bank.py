@@ -62,7 +62,7 @@ class TextBank:
 
         Args:
             rows: ``[N]`` numbers of texts.
-            model: runs the layers above the frozen ones; the bank's own where None.
+            model: runs what is not frozen; the bank's own where None.
         """
         above = model or self._model
         return self.by_length(rows, lambda part: self._pooled(rows[part], above))
@@ -86,22 +86,27 @@ class TextBank:
         device = self._model.device
         return self._ids[places].masked_fill(~mask, 0).to(device), mask.to(device)
 
-    def states(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``[N, T, H]`` after the frozen layers, and the mask ``[N, T]``."""
+    def states(self, rows: Tensor, model: DashClip | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``[N, T, H]`` after the frozen layers, and the mask ``[N, T]``.
+
+        Args:
+            rows: ``[N]`` numbers of texts.
+            model: whose embeddings to take where nothing is frozen; the bank's own where None.
+        """
         if self._states is not None:
             places, mask = self._places(rows)
             device = self._states.device
             return self._states[places.to(device)].float(), mask.to(device)
         ids, mask = self.ids(rows)
         if not self.depth:
-            return self._model.embed_text(ids, query=self._query), mask
+            return (model or self._model).embed_text(ids, query=self._query), mask
         with torch.no_grad():
             states = self._model.embed_text(ids, query=self._query)
             states = self._model.run_text(states, mask, last=self.depth, query=self._query)
         return states.float(), mask
 
     def _pooled(self, rows: Tensor, model: DashClip) -> Tensor:
-        states, mask = self.states(rows)
+        states, mask = self.states(rows, model)
         states = model.run_text(states, mask, first=self.depth, query=self._query)
         return model.pool(states, mask)
 
