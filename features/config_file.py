@@ -1,6 +1,7 @@
 """Configuration as frozen dataclasses: TOML in and out, unknown keys and wrong values refused."""
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,8 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    # TOML's basic strings escape as JSON's do.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _checked(where: str, value: Any, kind: Any) -> Any:
