@@ -9,8 +9,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ from embeddings.starts import Start
 from embeddings.text_encoder import TextEncoder
 from features import columns
 from features.errors import BadInputError
+from features.hardware import Precision
 from features.parquet import parquet_files
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _COUNTED = 3  # steps whose arithmetic is counted
-_PRODUCTS_TO_ENCODE = 512
+_PRODUCTS_TO_ENCODE = {"cpu": 512, "cuda": 8192}  # at least, if the sample has as many
 _QUERIES_TO_ENCODE = 2048
 _PEAK_ROUNDS = 5
 _VOCABULARY = 30_524  # BERT's and [DEC], [ENC]
@@ -121,7 +123,7 @@ class Trial:
 
     def encoding(self) -> dict[str, float | None]:
         """Return what `measure_encoding` does, of the model as it is."""
-        precision = "bfloat16" if self._bfloat16 else "float32"
+        precision: Precision = "bfloat16" if self._bfloat16 else "float32"
         encoder = DashClipEncoder.of(
             self._model, self._start.tokenizer, "measured", precision=precision
         )
@@ -187,10 +189,8 @@ def measure_stage(
                 "measure more products or smaller batches"
             )
         count = min(count, loop.steps)
-        try:
+        with suppress(_EnoughError):
             loop.run(on_step)
-        except _EnoughError:
-            pass
         return loop.batch, ends
 
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
@@ -221,7 +221,7 @@ def measure_peak(device: torch.device, side: int) -> dict[str, float]:
     for name, dtype in PRECISIONS.items():
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         torch.mm(a, b)
-        best = min(_timed(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(_PEAK_ROUNDS))
+        best = min(_timed(partial(torch.mm, a, b), device) for _ in range(_PEAK_ROUNDS))
         peak[name] = 2 * side**3 / best
     return peak
 
@@ -233,14 +233,21 @@ def measure_encoding(
 
     ``products_with_image`` counts the decoding of the image files, ``images_decoded`` that alone.
     """
-    with_images = islice(catalog.with_images(), math.ceil(_PRODUCTS_TO_ENCODE / 256))
-    rows = [row for batch in with_images for row in zip(*batch, strict=True)][:_PRODUCTS_TO_ENCODE]
-    titles = [title for _, title, _ in rows]
-    pictured = [row for row in rows if row[2] is not None] if encoder.reads_images else []
-    ids, names, blobs = ([row[part] for row in pictured] for part in range(3))
+    ids: list[int] = []
+    titles: list[str] = []
+    blobs: list[bytes | None] = []
+    for batch in catalog.with_images():
+        ids += batch[0]
+        titles += batch[1]
+        blobs += batch[2]
+        if len(ids) >= _PRODUCTS_TO_ENCODE[encoder.device.type]:
+            break
+    pictured = [row for row, blob in enumerate(blobs) if blob is not None and encoder.reads_images]
+    names = [titles[row] for row in pictured]
 
     def decode() -> list[Any]:
-        return ImageFaults(1.0).decode(ids, blobs)
+        faults = ImageFaults(1.0)
+        return faults.decode([ids[row] for row in pictured], [blobs[row] for row in pictured])
 
     def rate(count: int, work: Callable[[], object]) -> float | None:
         return count / _timed(work, encoder.device) if count else None
@@ -320,7 +327,7 @@ def blip_base(image_size: int, seed: int) -> Start:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what the figures depend on: processor, threads, versions, and what else was running."""
+    """Return what the figures depend on: processor, threads, versions, other work at the time."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
