@@ -7,7 +7,7 @@ nothing                                packaged MiniLM; images through a package
 folder or hub name, ``bert``           that text encoder; images through a packaged trunk
 folder or hub name, ``blip``           transformers' ``BlipForImageTextRetrieval``
 file ``*.pth``                         BLIP's own release (BLIP-14M and its like)
-folder or hub name, ``dashclip``       a model of this project
+folder, ``dashclip``                   a model of this project
 =====================================  ==========================================================
 
 In all but the last, the query encoder is a copy of the text encoder, and the projections of
