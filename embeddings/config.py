@@ -117,21 +117,29 @@ class CroppingConfig(StageConfig):
 
     Attributes:
         temperature: of the contrast.
+        keep: share of this stage's weights in the final ones, the rest being those of stage 2:
+            averaged weights forget less of the catalog (Wortsman and others 2022, WiSE-FT).
     """
 
-    epochs: int = 1
+    epochs: int = 2
     batch: int = 256
     learning_rate: float = 1e-4
     temperature: float = 0.05
+    keep: float = 0.5
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
         _check_temperature(self.temperature)
+        _check_shares(self, ("keep",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlignmentConfig(StageConfig):
     """Stage 2: product-query contrast (paper, Section 3.2.2 and equation 1).
+
+    NOTE[DIFF]: the defaults are what retrieved best where it was tried: the batch's other queries
+    stand in for the paper's proxies, each query is contrasted with the batch's products too. The
+    paper's own choices are in ``recipes/paper.toml``.
 
     Attributes:
         temperature: of the contrast; 0.05 in SimCSE, which the loss follows.
@@ -141,13 +149,13 @@ class AlignmentConfig(StageConfig):
         sampling: positives and negatives of a product.
     """
 
-    epochs: int = 3
-    batch: int = 256
+    epochs: int = 2
+    batch: int = 128
     learning_rate: float = 1e-4
     temperature: float = 0.05
-    shared_negatives: bool = False
-    symmetric: bool = False
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    shared_negatives: bool = True
+    symmetric: bool = True
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(proxies=False))
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)

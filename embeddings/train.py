@@ -276,7 +276,13 @@ class _Run:
         products = corpus.products(model, depth)
         queries = corpus.queries(model, depth, relevance.queries)
         stage = Alignment(model, stage_config, products, queries, sampler)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = [parameter.detach().clone() for parameter in trained]
         progress = self._loop(stage, stage_config, model, 0)
+        cropping = self.config.cropping
+        if cropping.epochs and cropping.keep and not model.config.reads_images:
+            with torch.no_grad():
+                torch._foreach_lerp_(trained, before, cropping.keep)
         return _figures(stage, progress)
 
     def _loop(self, stage: Stage, config: StageConfig, model: DashClip, patience: int) -> Progress:
