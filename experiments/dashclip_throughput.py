@@ -89,61 +89,83 @@ def throughput(
     Raises:
         BadInputError: the dataset cannot be read, the sample is too small, or a number is.
     """
-    import tempfile
-
     import torch
 
     from embeddings.config import DashClipTraining
-    from embeddings.distributed import device
-    from experiments.dashclip_speed import Trial, describe_machine, measure_peak, sample_dataset
-    from features.hardware import fast_precision, keep_freed_memory
+    from features.hardware import keep_freed_memory
 
     if steps < 1 or products < 1:
         raise BadInputError(f"steps and products must be 1 or more, got {steps} and {products}")
     config = config or DashClipTraining()
-    where = device()
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if where.type == "cuda" else fast_precision()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     output.mkdir(parents=True, exist_ok=True)
     try:
-        machine = describe_machine()
-        say("measuring the peak")
-        peak = measure_peak(where, peak_side or (8192 if where.type == "cuda" else 2048))
-        with tempfile.TemporaryDirectory(dir=output) as work:
-            sample = sample_dataset(data, Path(work, "sample"), products)
-            start = _start(config, size, sample)
-            trial = Trial(start, config, sample, Path(work), bfloat16=precision == "bfloat16")
-            say("stage 1")
-            stages = [trial.stage_1(steps)]
-            say("stage 2")
-            stages.append(trial.stage_2(steps))
-            say("encoding")
-            encoding = trial.encoding()
+        document = _measure(data, output, config, size, steps, products, peak_side)
     finally:
         torch.set_num_threads(threads)
-    found = [
-        {**stage, "share_of_peak": _share(stage, peak[precision])} for stage in stages if stage
-    ]
-    document = {
+    document |= {
+        "seconds_for_400k_products": _seconds_for_catalog(document["encoded_per_second"]),
+        "paper_run": paper_run(document["stages"], config, dollars_an_hour),
+        "command": command,
+    }
+    write_text(output / JSON, json.dumps(document, indent=2) + "\n")
+    _show(document)
+    return document
+
+
+def _measure(
+    data: Path,
+    output: Path,
+    config: "DashClipTraining",
+    size: Size,
+    steps: int,
+    products: int,
+    peak_side: int | None,
+) -> dict[str, Any]:
+    """Return everything that is measured; scratch files lie in ``output`` meanwhile."""
+    import tempfile
+
+    from embeddings.distributed import device
+    from experiments.dashclip_speed import Trial, describe_machine, measure_peak, sample_dataset
+    from features.hardware import fast_precision
+
+    cuda = device().type == "cuda"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if cuda else fast_precision()
+    side = peak_side or (8192 if cuda else 2048)
+    machine = describe_machine()
+    peaks = [measure_peak(device(), side)]
+    with tempfile.TemporaryDirectory(dir=output) as work:
+        sample = sample_dataset(data, Path(work, "sample"), products)
+        start = _start(config, size, sample)
+        trial = Trial(start, config, sample, Path(work), bfloat16=precision == "bfloat16")
+        say("stage 1")
+        stages = [trial.stage_1(steps)]
+        peaks.append(measure_peak(device(), side))
+        say("stage 2")
+        stages.append(trial.stage_2(steps))
+        peaks.append(measure_peak(device(), side))
+        say("encoding")
+        encoding = trial.encoding()
+    # Other work can only slow it down, so that the best of all is nearest to the truth.
+    peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
+    return {
         "size": size,
         "start": config.start.checkpoint if size == "minilm" else "random weights",
         "parameters": sum(parameter.numel() for parameter in start.model.parameters()),
         "machine": machine,
         "precision": precision,
         "peak_flops_per_second": peak,
-        "stages": found,
+        "stages": [
+            {**stage, "share_of_peak": stage["flops_per_second"] / peak[precision]}
+            for stage in stages
+            if stage
+        ],
         "encoded_per_second": encoding,
-        "seconds_for_400k_products": _seconds_for_catalog(encoding),
-        "paper_run": paper_run(found, config, dollars_an_hour),
-        "command": command,
     }
-    write_text(output / JSON, json.dumps(document, indent=2) + "\n")
-    _show(document)
-    return document
 
 
 def paper_run(
@@ -179,8 +201,9 @@ def paper_run(
             f"{sizes['stage 1'][1]} epochs (the paper names none)",
             f"stage 2: {TUPLES:,} tuples, {sizes['stage 2'][1]} epochs (the paper names none)",
             "texts, images and tuples a batch as in the sample; evaluation between epochs left out",
-            "what frozen layers say is computed once, if at all kept: "
-            f"{kept:,.1f} GiB for the whole catalog",
+            f"what frozen layers say is computed once and kept, in {kept:,.1f} GiB"
+            if kept
+            else "what frozen layers say does not fit into memory and is computed each time",
             "no price of this machine given"
             if dollars_an_hour is None
             else f"this machine costs {dollars_an_hour:g} USD an hour",
@@ -203,10 +226,6 @@ def _start(config: "DashClipTraining", size: Size, sample: Path) -> "Start":
         images = read_catalog(sample).any_image()
         return load_start(config.start, reads_images=images, seed=config.seed)
     return blip_base(384 if size == "blip-base-384" else 224, config.seed)
-
-
-def _share(stage: dict[str, Any], peak: float) -> float:
-    return float(stage["flops_per_second"]) / peak
 
 
 def _seconds_for_catalog(encoding: dict[str, float | None]) -> dict[str, float | None]:
