@@ -5,10 +5,11 @@ interpreter takes longer than a training of a tiny model.
 
 ::
 
-    python dashclip_processes.py DATA FOLDER
+    python dashclip_processes.py FOLDER
 
-It trains by ``FOLDER/killed.toml``, whole and in pieces, and by each ``FOLDER/pair-*.toml`` in two
-processes with the environment that torchrun gives them.
+It trains on ``FOLDER/photos`` by ``FOLDER/killed.toml``, whole and in pieces, and by each
+``FOLDER/pair-DATA-*.toml`` on ``FOLDER/DATA`` in two processes with the environment that torchrun
+gives them.
 """
 
 import json
@@ -33,17 +34,18 @@ from embeddings.train_cli import main
 _CHANCE = random.Random(0)
 
 
-def train(data: str, config: Path, output: Path) -> int:
+def train(data: Path, config: Path, output: Path) -> int:
     """Run the command."""
-    return main(["--data", data, "--config", str(config), "--output", str(output)])
+    return main(["--data", str(data), "--config", str(config), "--output", str(output)])
 
 
 # --- killed
 
 
-def kill(data: str, folder: Path) -> None:
+def kill(folder: Path) -> None:
     """Train into ``folder/whole``, and into ``folder/pieces`` with a SIGKILL at each moment."""
-    config, pieces, killed = folder / "killed.toml", folder / "pieces", []
+    data, config = folder / "photos", folder / "killed.toml"
+    pieces, killed = folder / "pieces", []
     assert _forked(data, config, folder / "whole", lambda: False) == 0
     moments = {
         "the folder is claimed": lambda: (pieces / "training.toml").exists(),
@@ -62,7 +64,7 @@ def kill(data: str, folder: Path) -> None:
     (folder / "killed.json").write_text(json.dumps(killed))
 
 
-def _forked(data: str, config: Path, output: Path, reached: Callable[[], bool]) -> int:
+def _forked(data: Path, config: Path, output: Path, reached: Callable[[], bool]) -> int:
     """Train in a child that is killed a moment after ``reached``; returns how it ended."""
     child = os.fork()
     if not child:
@@ -90,7 +92,7 @@ def _has_done(folder: Path, stage: str, examples: int) -> bool:
 # --- two as one
 
 
-def pair(data: str, folder: Path) -> None:
+def pair(folder: Path) -> None:
     """Train in two processes; what they print goes to ``folder/rank-*.txt``."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
@@ -103,13 +105,13 @@ def pair(data: str, folder: Path) -> None:
             printed = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT)
             os.dup2(printed, 1)
             os.dup2(printed, 2)
-            os._exit(_member(data, folder))
+            os._exit(_member(folder))
         children.append(child)
     for child in children:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def _member(data: str, folder: Path) -> int:
+def _member(folder: Path) -> int:
     """Do one process's part; returns its exit status."""
     try:
         with distributed.process_group():
@@ -117,6 +119,7 @@ def _member(data: str, folder: Path) -> int:
             _check_gather()
             _check_gradients()
         for config in sorted(folder.glob("pair-*.toml")):
+            data = folder / config.stem.split("-")[1]
             assert train(data, config, config.with_suffix("")) == 0
     except BaseException:
         traceback.print_exc()
@@ -157,5 +160,5 @@ def _check_gradients() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    pair(sys.argv[1], Path(sys.argv[2]))
-    kill(sys.argv[1], Path(sys.argv[2]))
+    pair(Path(sys.argv[1]))
+    kill(Path(sys.argv[1]))
