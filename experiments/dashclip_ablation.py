@@ -1,8 +1,9 @@
-"""What each part of DashCLIP's training brings: one training, and others with one thing changed.
+r"""What each part of DashCLIP's training brings: one training, and others with one thing changed.
 
 Every variant is trained, and its encoders are asked the held-out queries and titles::
 
-    python -m experiments.dashclip_ablation --data data/fashion --output runs/ablation
+    python -m experiments.dashclip_ablation --data data/fashion --output runs/ablation \
+        --config embeddings/recipes/paper.toml
 
 The folder holds a model a variant, ``ablation.json`` and ``ablation.md``. A run that was stopped
 goes on when the same command is given again: what is trained is not trained again, and variants
@@ -64,6 +65,7 @@ def variants_of(base: "DashClipTraining") -> dict[str, "DashClipTraining"]:
         return replace(base, alignment=replace(stage_2, **changes))
 
     shared, both_ways = stage_2.shared_negatives, stage_2.symmetric
+    proxies = stage_2.sampling.proxies
     return {
         BASE: base,
         "no-stage-1": replace(
@@ -71,7 +73,10 @@ def variants_of(base: "DashClipTraining") -> dict[str, "DashClipTraining"]:
         ),
         "no-matching": replace(base, pretraining=replace(stage_1, matching=False)),
         "no-momentum": replace(base, pretraining=replace(stage_1, momentum=0.0)),
-        "no-proxies": aligned(sampling=replace(stage_2.sampling, proxies=False)),
+        "no-averaging": replace(base, cropping=replace(crops, keep=0.0)),
+        "no-proxies" if proxies else "proxies": aligned(
+            sampling=replace(stage_2.sampling, proxies=not proxies)
+        ),
         "frozen-0-of-12": frozen(0.0),
         "frozen-4-of-12": frozen(4 / 12),
         "frozen-8-of-12": frozen(8 / 12),
@@ -112,8 +117,7 @@ def ablation(
     table = Table(data, output, command)
     held_out: HeldOut | None = None
     for name, changed in configs.items():
-        effective = changed if images else replace(changed, pretraining=configs[BASE].pretraining)
-        if name != BASE and effective == configs[BASE]:
+        if name != BASE and _effective(changed, configs[BASE], images) == configs[BASE]:
             say(f"{name}: the same as {BASE}")
             table.same(name)
             continue
@@ -146,6 +150,15 @@ def _chosen(
     finished = {name for name in known if (output / name / FIGURES).exists()}
     wanted = {BASE, *names, *finished} if names else {*known}
     return {name: found for name, found in known.items() if name in wanted}
+
+
+def _effective(
+    config: "DashClipTraining", base: "DashClipTraining", images: bool
+) -> "DashClipTraining":
+    """Return a configuration with the base's settings of the stage that does not take place."""
+    if images:
+        return replace(config, cropping=base.cropping)
+    return replace(config, pretraining=base.pretraining)
 
 
 def _share(output: Path, name: str, configs: dict[str, "DashClipTraining"]) -> None:

@@ -100,7 +100,11 @@ def test_the_stage_trains_on_tuples_with_fewer_negatives(tmp_path):
     start = tiny_start(images=False)
     catalog = read_catalog(data)
     relevance = read_relevance(data, catalog)
-    config = AlignmentConfig(sampling=SamplingConfig(negatives=40, proxies=False))
+    config = AlignmentConfig(
+        sampling=SamplingConfig(negatives=40, proxies=False),
+        shared_negatives=False,
+        symmetric=False,
+    )
     depth = freeze(start.model, config.frozen_layers, Alignment.name)
     corpus = Corpus(catalog, start, DashClipTraining(), tmp_path / "work", False)
     sampler = TupleSampler(relevance, catalog.aisles(), config.sampling, seed=0)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_dashclip import tiny_catalog, tiny_dashclip
@@ -17,22 +18,27 @@ from features.errors import BadInputError
 pytestmark = pytest.mark.filterwarnings("ignore:.*distutils:DeprecationWarning")  # tensorboard
 
 
+PAPERS = AlignmentConfig(
+    shared_negatives=False, symmetric=False, sampling=SamplingConfig(proxies=True)
+)
+
+
 def config_of(start):
     return DashClipTraining(
         start=StartConfig(checkpoint=str(start)),
         pretraining=PretrainingConfig(epochs=1, batch=8, queue=8, held_out=0.3),
         cropping=CroppingConfig(batch=8),
-        alignment=AlignmentConfig(epochs=1, batch=8, learning_rate=1e-3),
+        alignment=replace(PAPERS, epochs=1, batch=8, learning_rate=1e-3),
         precision="float32",
         threads=1,
     )
 
 
 def test_each_variant_changes_one_thing():
-    base = DashClipTraining()
+    base = DashClipTraining(alignment=PAPERS)
     found = variants_of(base)
     assert list(found) == [
-        *("base", "no-stage-1", "no-matching", "no-momentum", "no-proxies"),
+        *("base", "no-stage-1", "no-matching", "no-momentum", "no-averaging", "no-proxies"),
         *("frozen-0-of-12", "frozen-4-of-12", "frozen-8-of-12", "shared-negatives", "symmetric"),
     ]
     assert found["frozen-8-of-12"] == found["base"] == base
@@ -51,11 +57,14 @@ def test_each_variant_changes_one_thing():
 
 
 def test_a_base_that_has_a_part_is_compared_with_one_that_does_not():
-    base = DashClipTraining(alignment=AlignmentConfig(shared_negatives=True, symmetric=True))
-    found = variants_of(base)
+    changed = replace(
+        PAPERS, shared_negatives=True, symmetric=True, sampling=SamplingConfig(proxies=False)
+    )
+    found = variants_of(DashClipTraining(alignment=changed))
+    assert found["proxies"].alignment.sampling.proxies
     assert not found["own-negatives"].alignment.shared_negatives
     assert not found["one-way"].alignment.symmetric
-    assert "symmetric" not in found
+    assert not {"symmetric", "shared-negatives", "no-proxies"} & set(found)
 
 
 def test_variants_are_trained_compared_and_kept(tmp_path, capsys):
@@ -101,13 +110,15 @@ def test_variants_are_trained_compared_and_kept(tmp_path, capsys):
 def test_without_images_what_concerns_them_is_the_base(tmp_path):
     data, output = tiny_catalog(tmp_path / "data", images=False), tmp_path / "out"
     config = config_of(tiny_dashclip(tmp_path / "tiny", images=False))
-    names = ["no-matching", "no-momentum", "no-stage-1", "frozen-8-of-12"]
+    names = ["no-matching", "no-momentum", "no-stage-1", "no-averaging", "frozen-8-of-12"]
     document = ablation(data, output, config=config, variants=names)
     assert document["same_as_base"] == ["no-matching", "no-momentum", "frozen-8-of-12"]
-    base, no_stage_1 = document["rows"][1:]
+    base, no_stage_1, no_averaging = document["rows"][1:]
     assert set(base["seconds"]) == {"title crops", "stage 2"}
     assert set(no_stage_1["seconds"]) == {"stage 2"}
     assert base["title_recall"] is None
+    assert set(no_averaging["seconds"]) == {"title crops", "stage 2"}
+    assert no_averaging["retrieval"] != base["retrieval"]
 
 
 def test_a_folder_of_another_base_is_refused(tmp_path):
