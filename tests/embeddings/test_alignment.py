@@ -18,7 +18,12 @@ from embeddings.sampling import SamplingConfig, TupleSampler
 from embeddings.stage import StageLoop
 
 NO_IMAGE, NO_TITLE = (1, 5), (2, 5)
-CONFIG = AlignmentConfig(temperature=0.05, sampling=SamplingConfig(negatives=4, block_products=5))
+CONFIG = AlignmentConfig(
+    temperature=0.05,
+    shared_negatives=False,
+    symmetric=False,
+    sampling=SamplingConfig(negatives=4, block_products=5),
+)
 
 
 @pytest.fixture(scope="module")

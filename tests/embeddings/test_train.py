@@ -205,7 +205,21 @@ def test_without_images_title_crops_and_stage_2(configure, tmp_path):
     start = StartConfig(checkpoint=str(tiny_dashclip(tmp_path / "start", images=False)))
     figures = train_dashclip(data, tmp_path / "model", config=configure(start=start))
     assert [stage["name"] for stage in figures["stages"]] == ["title crops", "stage 2"]
-    assert not open_encoder(tmp_path / "model").reads_images
+    model = tmp_path / "model"
+    assert not open_encoder(model).reads_images
+    # The weights are the mean of what each stage ended with.
+    crops = load_file(model / "checkpoint" / "title-crops.safetensors")
+    aligned = load_file(model / "checkpoint" / "state.safetensors")
+    for name, weight in weights(model).items():
+        expected = weight
+        if name in crops:
+            expected = (crops[name] + aligned[f"model/{name}"]) / 2
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
+    # Stopped while the model was written, it is written again, and not averaged twice.
+    whole = weights(model)
+    (model / "training.json").unlink()
+    train_dashclip(data, model, config=configure(start=start))
+    assert all(weight.equal(whole[name]) for name, weight in weights(model).items())
 
 
 def test_a_stage_of_no_epochs_is_left_out(data, configure, tmp_path):

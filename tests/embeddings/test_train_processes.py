@@ -16,6 +16,7 @@ from embeddings.config import (
     PretrainingConfig,
     StartConfig,
 )
+from embeddings.sampling import SamplingConfig
 from embeddings.train import train_dashclip
 from features.config_file import to_toml
 
@@ -46,7 +47,13 @@ def figures(folder):
 
 
 VARIANTS = {
-    "photos-plain": {},
+    "photos-paper": {
+        "alignment": {
+            "shared_negatives": False,
+            "symmetric": False,
+            "sampling": SamplingConfig(proxies=True),
+        },
+    },
     "photos-further": {
         "pretraining": {"momentum": 0.0},
         "alignment": {"shared_negatives": True, "symmetric": True, "accumulate": 2},
