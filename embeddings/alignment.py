@@ -16,7 +16,7 @@ from torch import Tensor
 from embeddings import distributed
 from embeddings.config import AlignmentConfig
 from embeddings.dashclip import DashClip
-from embeddings.losses import product_query_contrast
+from embeddings.losses import product_query_contrast, similarities
 from embeddings.products import Products
 from embeddings.sampling import Tuples, TupleSampler
 from embeddings.stage import Batch
@@ -79,7 +79,7 @@ class Alignment:
         device = product_vectors.device
         mine = torch.from_numpy(product_of[own]).to(device)
         wanted = torch.from_numpy(query_of[own]).to(device)
-        cosine = product_vectors @ query_vectors.t()
+        cosine = similarities(product_vectors, query_vectors)
         relevant = None
         if self.config.shared_negatives or self.config.symmetric:
             known = self._sampler.is_relevant(products[:, None], queries[None, :])

@@ -20,7 +20,7 @@ from embeddings import distributed
 from embeddings.batching import padded
 from embeddings.config import CroppingConfig
 from embeddings.dashclip import DashClip
-from embeddings.losses import product_query_contrast
+from embeddings.losses import product_query_contrast, similarities
 from embeddings.products import Products
 from embeddings.stage import Batch
 
@@ -81,7 +81,7 @@ class TitleCrops:
         mine = torch.arange(len(places), device=product.device)[own]
         losses = [
             product_query_contrast(
-                near @ far.t(),
+                similarities(near, far),
                 mine,
                 mine[:, None][:, :0],
                 self.config.temperature,

@@ -42,6 +42,7 @@ class ImageBank:
         bytes: memory that the features take.
         depth: as given.
         layer: the first layer that `states` leaves to run.
+        frozen: whether `states` are the same throughout a stage.
 
     Raises:
         BadInputError: too many images are broken.
@@ -64,12 +65,13 @@ class ImageBank:
         self.depth = depth
         trunk = isinstance(model.vision_model.embeddings, TrunkEmbeddings)
         self.layer = 0 if trunk else depth
+        self.frozen = trunk or depth > 0
         size = model.config.vision_config.image_size
         one = self._frozen(torch.zeros(1, 3, size, size, device=model.device))
         self.bytes = len(catalog) * one.numel() * 2
         self._features: Tensor | None = None
         self._files: pa.ChunkedArray | None = None
-        if (trunk or depth) and self.bytes <= room:
+        if self.frozen and self.bytes <= room:
             place = self._keep(catalog, faults)
         else:
             self.bytes = 0

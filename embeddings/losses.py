@@ -9,6 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def similarities(rows: Tensor, candidates: Tensor) -> Tensor:
+    """Return the ``[B, M]`` cosines of unit vectors ``[B, D]`` and ``[M, D]``, in float32.
+
+    In bfloat16 they would be rounded to .004, which a temperature of .05 makes .08 of a logit.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.float() @ candidates.float().t()
+
+
 def soft_targets(similarity: Tensor, same: Tensor, alpha: float) -> Tensor:
     """Return the soft labels of image-text contrast (ALBEF, equations 6 and 7; BLIP alike).
 

@@ -20,7 +20,7 @@ from embeddings import distributed
 from embeddings.config import PretrainingConfig
 from embeddings.dashclip import DashClip
 from embeddings.image_bank import ImageBank
-from embeddings.losses import contrast, hard_negatives, soft_targets
+from embeddings.losses import contrast, hard_negatives, similarities, soft_targets
 from embeddings.momentum import MomentumEncoders, Queue
 from embeddings.products import Products
 from embeddings.retrieval import recall_at_k_pairs
@@ -103,17 +103,24 @@ class Pretraining:
             raise AssertionError("several processes train on whole pairs only")
         if not len(mine):
             return self._nothing()
-        views = self._views(self.model, mine)
+        pictures = self._images.states(mine)
+        views = self._views(self.model, mine, pictures)
         everyone = rows[usable]
         keys = self._products.title_of[everyone].to(self.model.device)
         image_all, text_all = distributed.gather(views.image), distributed.gather(views.text)
         temperature = self.model.log_temperature.exp()
-        itc = self._contrast(views, image_all, text_all, mine, keys, temperature, epoch)
+        slow = None
+        if self._slow is not None:
+            with torch.no_grad():
+                if not self._images.frozen:
+                    pictures = self._images.states(mine, self._slow.model)
+                slow = self._views(self._slow.model, mine, pictures)
+        itc = self._contrast(views, slow, image_all, text_all, mine, keys, temperature, epoch)
         loss = itc.sum() / count
         figures = {"itc": float(distributed.total(loss.detach()))}
         if self.config.matching:
-            similarity = (views.image @ text_all.t() / temperature).detach()
-            reverse = (views.text @ image_all.t() / temperature).detach()
+            similarity = (similarities(views.image, text_all) / temperature).detach()
+            reverse = (similarities(views.text, image_all) / temperature).detach()
             tokens = distributed.gather(views.image_tokens)
             noise = torch.rand(2, len(everyone), len(everyone), generator=_generator(seed))
             noise = noise[:, own] if len(mine) < len(everyone) else noise
@@ -138,11 +145,11 @@ class Pretraining:
         image, text, itm = [], [], []
         keys = self._products.title_of[rows].to(self.model.device)
         for part in rows.split(_EVALUATION_BATCH):
-            views = self._views(self.model, part)
+            views = self._views(self.model, part, self._images.states(part))
             image.append(views.image)
             text.append(views.text)
             noise = torch.rand(2, len(part), len(part), generator=_generator(0))
-            close = views.image @ views.text.t() / self.model.log_temperature.exp()
+            close = similarities(views.image, views.text) / self.model.log_temperature.exp()
             tokens = views.image_tokens
             itm.append(self._matching(views, part, part, tokens, close, close.t(), noise))
         images, texts = (torch.cat(part).float().cpu().numpy() for part in (image, text))
@@ -172,14 +179,16 @@ class Pretraining:
         )
         return zero, {"loss": 0.0}
 
-    def _views(self, model: DashClip, rows: Tensor) -> _Views:
-        tokens = model.run_image(self._images.states(rows, model), first=self._images.layer)
+    def _views(self, model: DashClip, rows: Tensor, pictures: Tensor) -> _Views:
+        """Encode products whose images are given as the first trainable layer takes them."""
+        tokens = model.run_image(pictures, first=self._images.layer)
         pooled = self._products.titles.pooled(self._products.title_of[rows], model)
         return _Views(tokens, model.image_embedding(tokens), model.title_embedding(pooled))
 
     def _contrast(
         self,
         views: _Views,
+        slow: _Views | None,
         image_all: Tensor,
         text_all: Tensor,
         mine: Tensor,
@@ -189,23 +198,24 @@ class Pretraining:
     ) -> Tensor:
         """Return the ``[b]`` losses of image to text and text to image, halved (ITC)."""
         own = self._products.title_of[mine].to(keys.device)
-        if self._slow is None:  # the batch itself gives the keys
+        if slow is None:  # the batch itself gives the keys
             same = own[:, None] == keys[None, :]
             targets = soft_targets(torch.zeros(same.shape, device=keys.device), same, 0.0)
-            forward = contrast(views.image @ text_all.t() / temperature, targets)
-            return (forward + contrast(views.text @ image_all.t() / temperature, targets)) / 2
+            forward = contrast(similarities(views.image, text_all) / temperature, targets)
+            return (
+                forward + contrast(similarities(views.text, image_all) / temperature, targets)
+            ) / 2
         alpha = self.config.alpha * min(1.0, epoch / max(self.config.alpha_epochs, 1e-9))
         with torch.no_grad():
-            slow = self._views(self._slow.model, mine)
             slow_image, slow_text = distributed.gather(slow.image), distributed.gather(slow.text)
             queued_image, queued_text, queued_key = self._queue.filled()
             key_image = torch.cat([slow_image, queued_image])
             key_text = torch.cat([slow_text, queued_text])
             same = own[:, None] == torch.cat([keys, queued_key])[None, :]
-            to_text = soft_targets(slow.image @ key_text.t() / temperature, same, alpha)
-            to_image = soft_targets(slow.text @ key_image.t() / temperature, same, alpha)
-        forward = contrast(views.image @ key_text.t() / temperature, to_text)
-        backward = contrast(views.text @ key_image.t() / temperature, to_image)
+            to_text = soft_targets(similarities(slow.image, key_text) / temperature, same, alpha)
+            to_image = soft_targets(similarities(slow.text, key_image) / temperature, same, alpha)
+        forward = contrast(similarities(views.image, key_text) / temperature, to_text)
+        backward = contrast(similarities(views.text, key_image) / temperature, to_image)
         self._queue.push(slow_image, slow_text, keys)
         return (forward + backward) / 2
 
