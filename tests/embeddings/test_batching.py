@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings.batching import for_each, length_buckets, padded
@@ -30,6 +30,7 @@ def test_few_texts_are_one_part():
     assert length_buckets(np.array([], np.int64)) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(2, 64), max_size=300))
 def test_buckets_hold_each_text_once_and_are_no_smaller_than_need_be(lengths):
     lengths = np.array(lengths, np.int64)

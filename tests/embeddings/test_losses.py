@@ -2,10 +2,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings.losses import contrast, hard_negatives, product_query_contrast, soft_targets
+from embeddings.losses import (
+    contrast,
+    hard_negatives,
+    product_query_contrast,
+    similarities,
+    soft_targets,
+)
 
 LOG = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log()
 
@@ -25,6 +31,7 @@ def test_products_of_one_title_share_the_target():
     assert found[1].tolist() == pytest.approx([0.1, 0.1, 0.7, 0.1])
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_soft_targets_sum_to_one(alpha, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -159,3 +166,12 @@ def test_the_gradient_of_equation_1():
     loss(cosine).sum().backward()
     assert cosine.grad[0, 0] < 0 < cosine.grad[0, 1]
     assert cosine.grad[0, 3] == 0
+
+
+def test_similarities_stay_in_float32():
+    """In bfloat16 the second one would be 0.9961."""
+    rows, candidates = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.8], [0.998, 0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = similarities(rows, candidates)
+    assert found.dtype == torch.float32
+    assert found[0].tolist() == pytest.approx([0.5, 0.998], abs=1e-6)

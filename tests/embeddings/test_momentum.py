@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_dashclip import tiny_model
 
@@ -89,6 +89,7 @@ def test_no_queue_takes_nothing():
     assert queue.filled()[0].shape == (0, 2)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.lists(st.integers(0, 9), max_size=8))
 def test_a_ring_holds_the_latest(size, batches):
     queue, pushed = Queue(size, 2, CPU), []
