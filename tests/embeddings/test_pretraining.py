@@ -35,9 +35,9 @@ def catalog(tmp_path_factory):
 def made(catalog, tmp_path):
     """Returns the stage, and what its model says of products: images [N, D] and titles [N, D]."""
 
-    def make(config=CONFIG, held_out=0.0, **shape):
+    def make(config=CONFIG, held_out=0.0, frozen=0.5, **shape):
         start = tiny_start(**shape)
-        depth = freeze(start.model, 0.5, Pretraining.name)
+        depth = freeze(start.model, frozen, Pretraining.name)
         corpus = Corpus(catalog, start, DashClipTraining(cache_gib=0), tmp_path / "work", False)
         products = corpus.products(start.model, depth)
         train, out = corpus.pairs(held_out)
@@ -116,6 +116,25 @@ def test_earlier_batches_are_negatives_as_the_slow_encoders_saw_them(made, catal
 
 def views_of_slow(stage, catalog, rows):
     return encoder(stage._slow.model).encode_titles([catalog.titles[row].as_py() for row in rows])
+
+
+@pytest.mark.parametrize("frozen", [0.0, 0.5])
+def test_the_slow_encoders_look_through_their_own_patches(made, catalog, frozen):
+    stage = made(replace(CONFIG, matching=False), frozen=frozen)
+    slow = views(stage, catalog, ROWS)
+    with torch.no_grad():
+        for name, parameter in stage.model.named_parameters():
+            if parameter.requires_grad and name.startswith("vision_model"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    image, title = views(stage, catalog, ROWS)
+    assert np.abs(image - slow[0]).max() > 0.01
+    names = [catalog.titles[row].as_py() for row in ROWS]
+    expected = [
+        plain_contrast(image, slow[0], slow[1], names, names, 0.2, 0.07),
+        plain_contrast(title, slow[1], slow[0], names, names, 0.2, 0.07),
+    ]
+    loss, _ = loss_of(stage, ROWS, epoch=1.0)
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 def test_without_momentum_the_batch_is_all_there_is(made, catalog):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_dashclip import tiny_blip, tiny_catalog, tiny_dashclip
 from torch.utils.checkpoint import checkpoint
 
+from embeddings.alignment import Alignment
 from embeddings.catalog import read_catalog
 from embeddings.config import (
     AlignmentConfig,
@@ -306,6 +307,26 @@ def test_ctrl_c_and_the_same_command_again(
     assert train(data) == 0
     assert_same_weights(tmp_path / "model", trained[0])
     assert without_seconds(tmp_path / "model") == without_seconds(trained[0])
+
+
+@pytest.mark.parametrize("gib", [1.0, 2e-5])
+def test_stages_that_freeze_different_layers_go_on_alike(
+    data, configure, tmp_path, monkeypatch, gib
+):
+    # What is kept of frozen layers, and what there is no room for, is as in a run without a stop.
+    config = configure(pretraining={"frozen_layers": 0.0, "epochs": 1}, cache_gib=gib)
+    train_dashclip(data, tmp_path / "whole", config=config)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Alignment, "loss", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_dashclip(data, tmp_path / "model", config=config)
+    train_dashclip(data, tmp_path / "model", config=config)
+    assert_same_weights(tmp_path / "model", tmp_path / "whole")
+    assert without_seconds(tmp_path / "model") == without_seconds(tmp_path / "whole")
 
 
 def relabelled(folder):
