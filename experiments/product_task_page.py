@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from ranking.page import render
 
 _NOTHING = "–"  # noqa: RUF001
 _DERIVED = (
@@ -70,16 +70,10 @@ def recall_table(aisle: Mapping[str, Any]) -> Table:
 
 def render_page(document: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """Return the page that shows the content of ``product_tasks.json`` with its pictures."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     relevance = document["relevance"]
     derived = bool(relevance) and "derived" in relevance["sources"]
-    return environment.get_template("product_tasks.html").render(
+    return render(
+        Path(__file__).with_name("product_tasks.html"),
         document=document,
         pictures=pictures,
         tables=tables(document),

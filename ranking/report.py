@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from features.files import write_text
 from ranking.metrics import Predictions, SliceMetrics
+from ranking.page import render
 from ranking.plots import calibration_plot, histogram_plot, loss_plot, roc_plot
 
 _COLUMNS = (
@@ -84,15 +83,9 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _render(report: RunReport) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     header, rows = format_slice_rows(report.metrics["slices"])
-    return environment.get_template("report.html").render(
+    return render(
+        Path(__file__).with_name("report.html"),
         report=report,
         header=header,
         rows=rows,
