@@ -306,7 +306,7 @@ class StageLoop:
         return state
 
     def _save(self) -> None:
-        """Write a checkpoint: the first process does, by its own clock, and no other waits for it."""
+        """Write a checkpoint: the first process does, by its own clock; no other waits for it."""
         if distributed.rank() == 0:
             best = {f"best/{name}": value for name, value in self._best.items()}
             header = {"stage": self.stage.name, "progress": asdict(self.progress)}
