@@ -66,6 +66,11 @@ class Alignment:
                 yield part.product, part.positive, part.negative
             left = block[whole:]
 
+    def prepare(self, batch: Batch) -> None:
+        """Begin to read this process's images of a batch."""
+        if self._products.images is not None:
+            self._products.images.prepare(_own_share(np.unique(batch[0])))
+
     def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return this process's part of the PQC loss; see `embeddings.stage.Stage`."""
         product, positive, negative = batch
@@ -125,14 +130,17 @@ class Alignment:
         )
 
 
-def _shared_out(rows: np.ndarray, embed: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the ``[N, D]`` embeddings of all rows, each process having made a share of them."""
+def _own_share(rows: np.ndarray) -> Tensor:
+    """Return this process's share of some rows; all shares are of one size, the last filled up."""
     count = distributed.world()
     share = -(-len(rows) // count)
     padded = np.concatenate([rows, rows[:1].repeat(share * count - len(rows))])
-    return distributed.gather(embed(torch.from_numpy(padded[distributed.own_slice(len(padded))])))[
-        : len(rows)
-    ]
+    return torch.from_numpy(padded[distributed.own_slice(len(padded))])
+
+
+def _shared_out(rows: np.ndarray, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the ``[N, D]`` embeddings of all rows, each process having made a share of them."""
+    return distributed.gather(embed(_own_share(rows)))[: len(rows)]
 
 
 def _joined(first: Tuples, second: Tuples) -> Tuples:

@@ -69,6 +69,9 @@ class TitleCrops:
         for start in range(0, len(order) - size + 1, size):
             yield (order[start : start + size],)
 
+    def prepare(self, batch: Batch) -> None:
+        """Nothing is to be read: titles are in memory, and there are no images."""
+
     def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return this process's part of the contrast both ways; see `embeddings.stage.Stage`."""
         places = batch[0]

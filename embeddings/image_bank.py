@@ -8,6 +8,7 @@ Legend: ``N`` images asked for, ``L`` places of an image, ``C`` channels.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,6 +72,8 @@ class ImageBank:
         self.bytes = len(catalog) * one.numel() * 2
         self._features: Tensor | None = None
         self._files: pa.ChunkedArray | None = None
+        self._ready: dict[int, Future[Tensor]] = {}
+        self._pool = ThreadPoolExecutor(torch.get_num_threads(), "images")
         if self.frozen and self.bytes <= room:
             place = self._keep(catalog, faults)
         else:
@@ -91,9 +94,29 @@ class ImageBank:
         assert bool((places >= 0).all()), "a row without an image"
         if self._features is not None:
             return self._features[places.to(self._features.device)].float()
+        self.prepare(rows)
+        pixels = torch.stack([self._ready[place].result() for place in places.tolist()])
+        for place in places.unique().tolist():
+            del self._ready[place]
+        return self._frozen(pixels.to(self._model.device), model)
+
+    def prepare(self, rows: Tensor) -> None:
+        """Begin to read the images of some rows, for `states` to find them ready.
+
+        Rows without an image are passed over, and nothing is to be done where features are kept.
+        """
+        if self._features is None:
+            for place in self._place[rows].unique().tolist():
+                if place >= 0 and place not in self._ready:
+                    self._ready[place] = self._pool.submit(self._read, place)
+
+    def _read(self, place: int) -> Tensor:
+        """Return the ``[3, S, S]`` pixels of an image of the spool."""
         assert self._files is not None
-        images = [decode_image(self._files[p].as_py()) for p in places]
-        return self._frozen(self._pixels(images), model)
+        config = self._model.config
+        size = config.vision_config.image_size
+        image = decode_image(self._files[place].as_py())
+        return to_pixels([image], size, config.image_mean, config.image_std)[0]
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         config = self._model.config

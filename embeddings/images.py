@@ -17,6 +17,9 @@ from features.errors import BadInputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# For good, as changing it around each image would not be safe in threads.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
 _FORMATS = ("JPEG", "PNG")
 _WHITE = (255, 255, 255)
 _NAMED = 5  # broken images that are named; the others are counted
@@ -105,11 +108,9 @@ def decode_image(blob: bytes) -> Image.Image:
     if not blob:
         raise ValueError("it is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(blob), formats=_FORMATS) as opened:
-                opened.load()
-                return _on_white(ImageOps.exif_transpose(opened))
+        with Image.open(io.BytesIO(blob), formats=_FORMATS) as opened:
+            opened.load()
+            return _on_white(ImageOps.exif_transpose(opened))
     except Image.UnidentifiedImageError:
         raise ValueError("it is neither JPEG nor PNG") from None
     except Exception as error:  # Pillow raises whatever the damage leads to, and says no closer

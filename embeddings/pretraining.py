@@ -88,6 +88,11 @@ class Pretraining:
         for start in range(0, len(rows) - size + 1, size):
             yield (rows[start : start + size],)
 
+    def prepare(self, batch: Batch) -> None:
+        """Begin to read this process's images of a batch."""
+        rows = torch.from_numpy(batch[0])[distributed.own_slice(len(batch[0]))]
+        self._images.prepare(rows[self._usable(rows)])
+
     def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return this process's part of ITC + ITM; see `embeddings.stage.Stage`.
 

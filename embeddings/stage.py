@@ -47,6 +47,10 @@ class Stage(Protocol):
         """Yield the whole batches of an epoch: arrays of ``size`` rows each."""
         ...
 
+    def prepare(self, batch: Batch) -> None:
+        """Begin to read what the loss of a batch will need, while another one is computed."""
+        ...
+
     def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return this process's part of the loss of a batch, and figures to show.
 
@@ -192,7 +196,8 @@ class StageLoop:
             first = progress.step
             batches = self.stage.batches(progress.epoch, self.batch)
             clock = time.monotonic()
-            for number, batch in enumerate(islice(batches, first, self.steps), first):
+            ahead = self._ahead(islice(batches, first, self.steps))
+            for number, batch in enumerate(ahead, first):
                 figures = self._step(batch, number)
                 progress.step = number + 1
                 progress.examples += self.batch
@@ -212,23 +217,32 @@ class StageLoop:
         progress.done = True
         return progress
 
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, the next one being prepared meanwhile."""
+        waiting: Batch | None = None
+        for batch in batches:
+            for part in self._parts(batch):
+                self.stage.prepare(part)
+            if waiting is not None:
+                yield waiting
+            waiting = batch
+        if waiting is not None:
+            yield waiting
+
     def _step(self, batch: Batch, number: int) -> dict[str, float]:
         """Take one optimiser step on a batch, part by part."""
         config, epoch = self.stage.config, self.progress.epoch
         self._set_training()
-        parts = config.accumulate
-        share = self.batch // parts
         figures: dict[str, float] = {}
         self._adam.zero_grad(set_to_none=True)
-        for part in range(parts):
-            rows = tuple(array[part * share : (part + 1) * share] for array in batch)
+        for part, rows in enumerate(self._parts(batch)):
             seed = self._seed_of(epoch, number, part)
             torch.manual_seed(seed + distributed.rank())
             with self._autocast():
                 loss, found = self.stage.loss(rows, epoch=epoch + number / self.steps, seed=seed)
-            (loss / parts).backward()
+            (loss / config.accumulate).backward()
             for name, value in found.items():
-                figures[name] = figures.get(name, 0.0) + value / parts
+                figures[name] = figures.get(name, 0.0) + value / config.accumulate
         if not math.isfinite(figures["loss"]):
             raise BadInputError(
                 f"{self.stage.name}: the loss became {figures['loss']} in epoch {epoch + 1}, step "
@@ -241,6 +255,12 @@ class StageLoop:
         self._adam.step()
         self.stage.after_step()
         return figures
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Return the parts of a batch whose gradients are accumulated."""
+        share = self.batch // self.stage.config.accumulate
+        starts = range(0, self.batch, share)
+        return [tuple(array[start : start + share] for array in batch) for start in starts]
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate: a linear warm-up, then a cosine to 0."""

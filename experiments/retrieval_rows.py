@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from embeddings.encoder import Encoder
 
 DASHCLIP = "DashCLIP (image-text)"
+TOKEN = r"\w+"
+"""What BM25 takes for a word, a regular expression."""
+
 _FAMILY_NAMES: dict[Family, str] = {"clip": "CLIP", "blip": "BLIP", "flava": "FLAVA"}
 _QUERIES_AT_ONCE = 64
-_TOKEN = r"\w+"
 _INSTALL = "install it with: pip install 'dashclip-ranker[benchmarks]'"
 
 Scores = Mapping[str, np.ndarray]
@@ -70,7 +72,7 @@ class Row:
     note: str = ""
 
 
-class _UnavailableError(Exception):
+class UnavailableError(Exception):
     """A method cannot be measured; the message says why."""
 
 
@@ -113,7 +115,7 @@ class _Board:
         """Return the row of a method whose ``rank`` gives a ranking and a note."""
         try:
             ranking, note = rank()
-        except _UnavailableError as error:
+        except UnavailableError as error:
             say(f"{name}: {error}")
             return Row(name=name, note=str(error))
         scores = {k: score_ranking(ranking, self.task.relevance, k) for k in self.ks}
@@ -127,38 +129,59 @@ class _Board:
     ) -> tuple[np.ndarray, str]:
         """Return the ranking by vectors and a note on the products that have none."""
         if not len(products.places):
-            raise _UnavailableError(f"no {kind}s in this dataset")
+            raise UnavailableError(f"no {kind}s in this dataset")
         pool = len(self.task.pool)
         without = pool - len(products.places)
         note = f"{without:,} of {pool:,} products have no {kind} and rank last" if without else ""
         return self.task.rank(queries, products, self.longest, search), note
 
 
+class Bm25:
+    """BM25 over titles, as the module says.
+
+    Args:
+        queries: [Q] texts.
+        titles: [N] texts.
+        stem: whether words are reduced to their stems.
+
+    Raises:
+        UnavailableError: a package is not installed, or no title holds a word.
+    """
+
+    def __init__(self, queries: Sequence[str], titles: Sequence[str], *, stem: bool) -> None:
+        bm25s = _imported("bm25s", "bm25s")
+        stemmer = _imported("Stemmer", "PyStemmer").Stemmer("english") if stem else None
+        self._queries, words = (
+            bm25s.tokenize(
+                list(texts),
+                lower=True,
+                token_pattern=TOKEN,
+                stopwords=[],
+                stemmer=stemmer,
+                return_ids=False,
+                show_progress=False,
+            )
+            for texts in (queries, titles)
+        )
+        if not any(words):
+            raise UnavailableError("no titles in this dataset")
+        self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
+        self._index.index(words, show_progress=False)
+
+    def scores(self, part: slice) -> np.ndarray:
+        """Return the scores [q, N] of all titles for some of the queries."""
+        index = self._index
+        tokens = self._queries[part]
+        return np.stack(
+            [index.get_scores_from_ids(index.get_tokens_ids(query)) for query in tokens]
+        )
+
+
 def _bm25(task: RetrievalTask, k: int, *, stem: bool) -> np.ndarray:
     """Return the ranking [Q, min(K, N)] by BM25 over titles; ties go to the lower catalog row."""
-    bm25s = _imported("bm25s", "bm25s")
-    stemmer = _imported("Stemmer", "PyStemmer").Stemmer("english") if stem else None
-    queries, titles = (
-        bm25s.tokenize(
-            texts,
-            lower=True,
-            token_pattern=_TOKEN,
-            stopwords=[],
-            stemmer=stemmer,
-            return_ids=False,
-            show_progress=False,
-        )
-        for texts in (task.queries, task.titles)
-    )
-    if not any(titles):
-        raise _UnavailableError("no titles in this dataset")
-    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
-    index.index(titles, show_progress=False)
-    rankings = []
-    for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        tokens = queries[start : start + _QUERIES_AT_ONCE]
-        scores = [index.get_scores_from_ids(index.get_tokens_ids(query)) for query in tokens]
-        rankings.append(rank_scores(np.stack(scores), k))
+    bm25 = Bm25(task.queries, task.titles, stem=stem)
+    starts = range(0, len(task.queries), _QUERIES_AT_ONCE)
+    rankings = [rank_scores(bm25.scores(slice(s, s + _QUERIES_AT_ONCE)), k) for s in starts]
     return task.pool[np.concatenate(rankings)]
 
 
@@ -166,7 +189,7 @@ def _imported(module: str, distribution: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise _UnavailableError(f"{distribution} is not installed; {_INSTALL}") from error
+        raise UnavailableError(f"{distribution} is not installed; {_INSTALL}") from error
 
 
 def _vision_language(
@@ -195,7 +218,7 @@ def _vision_language(
 def _encoder(board: _Board, encoder: "Encoder | None", search: Search) -> tuple[np.ndarray, str]:
     """Return the ranking by an encoder's query and product vectors and a note on them."""
     if encoder is None:
-        raise _UnavailableError("not given to this run")
+        raise UnavailableError("not given to this run")
     queries = board.task.encode_queries(encoder.encode_queries)
     products = board.task.encode_products(encoder)
     kind = "title or image" if encoder.reads_images else "title"

@@ -117,6 +117,16 @@ class RetrievalTask:
             places = np.concatenate([places, others], axis=1)
         return self.pool[places]
 
+    def cosines(self, queries_qd: np.ndarray, products: ProductVectors) -> np.ndarray:
+        """Return the cosine [Q, N] of each query with each product of the pool, float32.
+
+        Products without a vector share the lowest cosine of the query.
+        """
+        found = np.asarray(_unit(queries_qd) @ _unit(products.vectors).T, np.float32)
+        cosines = np.repeat(found.min(axis=1, keepdims=True), len(self.pool), axis=1)
+        cosines[:, products.places] = found
+        return cosines
+
     def encode_queries(self, encode: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
         """Return [Q, D] vectors of the queries."""
         return _in_parts("queries", encode, self.queries)

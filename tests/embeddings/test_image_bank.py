@@ -132,3 +132,23 @@ def test_many_batches_of_files(tmp_path):
         assert int(images.has_image.sum()) == 298
         tokens = model.run_image(images.states(rows), first=images.layer)
         torch.testing.assert_close(tokens, tokens_alone(model, rows), rtol=0, atol=2e-2)
+
+
+@torch.no_grad()
+def test_what_is_prepared_is_read_once_and_let_go(catalog, tmp_path, monkeypatch):
+    model = tiny_model()
+    images = bank(catalog, model, tmp_path, depth=1, room=0)
+    read, plain = [], images._read
+    monkeypatch.setattr(images, "_read", lambda place: (read.append(place), plain(place))[1])
+    images.prepare(torch.tensor([5, 1, 0, 5]))  # row 1 has no image
+    first = images.states(ROWS)
+    assert sorted(read) == sorted(set(images._place[ROWS].tolist()))
+    assert not images._ready
+    assert torch.equal(images.states(ROWS), first)
+    assert len(read) == 6
+
+
+def test_kept_features_leave_nothing_to_prepare(catalog, tmp_path):
+    images = bank(catalog, tiny_model(), tmp_path, depth=1)
+    images.prepare(ROWS)
+    assert not images._ready

@@ -46,6 +46,9 @@ class Slope:
         self.noise = noise
         self.counter = torch.zeros(1)
 
+    def prepare(self, batch):
+        """Nothing to read."""
+
     def batches(self, epoch, size):
         numbers = np.random.default_rng(epoch).permutation(self.numbers) if self.noise else None
         numbers = self.numbers if numbers is None else numbers
