@@ -6,6 +6,7 @@ Legend: ``K`` images, ``S`` side length in pixels.
 import io
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 _FORMATS = ("JPEG", "PNG")
 _WHITE = (255, 255, 255)
+_MANY = 64  # images that are worth several threads
 _NAMED = 5  # broken images that are named; the others are counted
 _ENOUGH = 20  # images seen before the share of broken ones means anything
 
@@ -46,6 +48,7 @@ class ImageFaults:
         self.seen = 0
         self.broken = 0
         self._named: set[int] = set()
+        self._pool = ThreadPoolExecutor(thread_name_prefix="decode")
 
     def decode(
         self, product_ids: Sequence[int], blobs: Sequence[bytes | None]
@@ -62,8 +65,9 @@ class ImageFaults:
             BadInputError: of the images seen so far, 20 or more, too many are broken.
         """
         images: list[Image.Image | None] = []
-        for product_id, blob in zip(product_ids, blobs, strict=True):
-            images.append(None if blob is None else self._decode(product_id, blob))
+        found = self._pool.map(_decode, blobs)
+        for product_id, image in zip(product_ids, found, strict=True):
+            images.append(self._count(product_id, image))
         if self.seen >= _ENOUGH:
             self._check_share()
         return images
@@ -78,16 +82,18 @@ class ImageFaults:
         if self.broken:
             say(f"{self.broken:,} of {self.seen:,} images are broken and count as missing")
 
-    def _decode(self, product_id: int, blob: bytes) -> Image.Image | None:
-        self.seen += 1
-        try:
-            return decode_image(blob)
-        except ValueError as error:
-            self.broken += 1
-            if product_id not in self._named and len(self._named) < _NAMED:
-                self._named.add(product_id)
-                say(f"product {product_id}: its image counts as missing: {error}")
+    def _count(self, product_id: int, found: Image.Image | ValueError | None) -> Image.Image | None:
+        """Count what `_decode` found, name it if it is broken, and return the image if it is one."""
+        if found is None:
             return None
+        self.seen += 1
+        if not isinstance(found, ValueError):
+            return found
+        self.broken += 1
+        if product_id not in self._named and len(self._named) < _NAMED:
+            self._named.add(product_id)
+            say(f"product {product_id}: its image counts as missing: {found}")
+        return None
 
     def _check_share(self) -> None:
         if self.broken > self.max_share * self.seen:
@@ -96,6 +102,13 @@ class ImageFaults:
                 f"{self.broken:,} of {self.seen:,} images are broken, more than "
                 f"{self.max_share:.0%}; among them those of products {named}"
             )
+
+
+def _decode(blob: bytes | None) -> Image.Image | ValueError | None:
+    try:
+        return None if blob is None else decode_image(blob)
+    except ValueError as error:
+        return error
 
 
 def decode_image(blob: bytes) -> Image.Image:
@@ -144,8 +157,16 @@ def to_pixels(
     import torch
 
     squares = np.empty((len(images), size, size, 3), np.uint8)
-    for square, image in zip(squares, images, strict=True):
-        square[...] = np.asarray(_squared(image, size))
+
+    def fill(place: int) -> None:
+        squares[place] = np.asarray(_squared(images[place], size))
+
+    if len(images) < _MANY:
+        for place in range(len(images)):
+            fill(place)
+    else:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, range(len(images))))
     pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().float().div_(255)
     shift, scale = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
     return pixels.sub_(shift[:, None, None]).div_(scale[:, None, None])
