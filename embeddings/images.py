@@ -83,7 +83,7 @@ class ImageFaults:
             say(f"{self.broken:,} of {self.seen:,} images are broken and count as missing")
 
     def _count(self, product_id: int, found: Image.Image | ValueError | None) -> Image.Image | None:
-        """Count what `_decode` found, name it if it is broken, and return the image if it is one."""
+        """Count what `_decode` found, name it if it is broken, return it if it is an image."""
         if found is None:
             return None
         self.seen += 1
