@@ -1,8 +1,8 @@
 """What bounds Graded Relevance@10 where few products of a query are judged.
 
 A product that nobody judged counts as irrelevant, whatever it is. Where a query has some six judged
-products, most of a list of ten is unjudged even if all of it is right, and the figure says as much
-of the judgements as of the method. On the queries and the pool of ``benchmark-retrieval --model``::
+products, a list of ten is unjudged in part even if all of it is right. On the queries and the pool
+of ``benchmark-retrieval --model``::
 
     python -m experiments.retrieval_bound --data data/home-depot --model runs/dashclip \
         --output runs/bound
@@ -11,7 +11,7 @@ measures for BM25, MiniLM, the model and an untuned hybrid of model and stemmed 
 
 - *Judged products only.* Graded Relevance@10 where each query ranks its judged products and no
   other. What it has more than the figure itself is lost to unjudged products that come before
-  judged ones; what it lacks to 1 is lost to the order of the judged ones.
+  judged ones, with right or not; what it lacks to 1 is lost to the order of the judged ones.
 - *Near-twins.* How many of the first ten are unjudged, and how many of those have a title like that
   of a product judged relevant for the same query; the figure if they had its grade. It is an upper
   reading: a like title is no judgement, and the best possible sum does not grow with the twins.
@@ -90,10 +90,10 @@ def bound(data: Path, output: Path, *, model: Path, command: str = "") -> dict[s
     task = RetrievalTask.read(data, model=model)
     say(f"{len(task.queries):,} queries, {len(task.pool):,} products")
     judged = Judgements.of(task)
-    methods, titles = scores_of(task, encoder, TextEncoder.packaged())
+    methods, titles_nd = scores_of(task, encoder, TextEncoder.packaged())
     rows = {}
     for name, scores in methods.items():
-        rows[name] = measure(task, judged, scores, titles)
+        rows[name] = measure(task, judged, scores, titles_nd)
         say(f"{name}: measured")
     document = {
         **document_of(task, judged, rows),
@@ -262,6 +262,8 @@ def _notes(document: dict[str, Any]) -> list[str]:
         f"{document['relevant_per_query']:.1f} of them relevant; {more:,} queries have more than "
         f"{k}. In random order the judged products alone reach {shuffled:.3f}: where few are "
         "judged, judged products only hardly tell methods apart.",
+        "An unjudged product that comes before judged ones may be relevant or not: how much of what "
+        "is lost to them is the fault of missing judgements is not known.",
         "A twin's grade is guessed from its title, and the best possible sum does not grow with "
         "the twins: what they add is an upper reading, not a correction.",
         "The hybrid adds the z-scores of model and stemmed BM25, equal weights, nothing tuned.",

@@ -9,6 +9,7 @@ embedding dimension, ``K`` length of the list.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,8 +114,10 @@ class Figures:
 
 def scores_of(
     task: RetrievalTask, model: "Encoder", minilm: "Encoder"
-) -> tuple[dict[str, Scores], ProductVectors]:
-    """Return how each method scores the pool, by its name, and MiniLM's vectors of the titles.
+) -> tuple[dict[str, Scores], np.ndarray]:
+    """Return how each method scores the pool, by its name, and MiniLM's vectors of titles.
+
+    The vectors are [N, D] and of norm 1, zeros where a product has no title.
 
     The hybrid adds the z-scores of the model and of stemmed BM25 with equal weights, which nothing
     was tuned for.
@@ -137,7 +140,9 @@ def scores_of(
         DASHCLIP: trained,
         HYBRID: lambda part: z_scores(trained(part)) + z_scores(stemmed.scores(part)),
     }
-    return methods, titles
+    titles_nd = np.zeros((len(task.pool), minilm.dim), np.float32)
+    titles_nd[titles.places] = titles.vectors
+    return methods, titles_nd
 
 
 def cosine_scores(task: RetrievalTask, encoder: "Encoder", products: ProductVectors) -> Scores:
@@ -158,7 +163,7 @@ def z_scores(scores: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    task: RetrievalTask, judged: Judgements, scores: Scores, titles: ProductVectors
+    task: RetrievalTask, judged: Judgements, scores: Scores, titles_nd: np.ndarray
 ) -> Figures:
     """Return the figures of one method.
 
@@ -166,7 +171,7 @@ def measure(
         task: queries and pool.
         judged: of the task.
         scores: of the method.
-        titles: vectors by whose cosines twins are found.
+        titles_nd: [N, D] unit vectors of titles by whose cosines twins are found.
     """
     places, of_judged = _rank(task, judged, scores)
     scored = {k: score_ranking(task.pool[places], task.relevance, k) for k in DEPTHS}
@@ -178,7 +183,7 @@ def measure(
         judged_only=grades / judged.best,
         unjudged=scored[K][UNJUDGED],
         listed=first.shape[1],
-        twins=find_twins(first, judged, titles, graded),
+        twins=find_twins(first, judged, titles_nd, graded),
     )
 
 
@@ -213,35 +218,27 @@ def _sum_of_first(
 
 
 def find_twins(
-    first: np.ndarray, judged: Judgements, titles: ProductVectors, graded: np.ndarray
+    first: np.ndarray, judged: Judgements, titles_nd: np.ndarray, graded: np.ndarray
 ) -> dict[float, Twins]:
     """Return the twins among the listed products, by the least cosine of their titles.
-
-    A product without a title has no twin.
 
     Args:
         first: [Q, K] places in the pool.
         judged: the judged pairs.
-        titles: title vectors.
+        titles_nd: [N, D] unit vectors of titles; a product without one has zeros and no twin.
         graded: [Q] Graded Relevance@K without twins.
     """
-    row_of = np.full(1 + max(first.max(), judged.place.max()), -1)
-    row_of[titles.places[titles.places < len(row_of)]] = np.flatnonzero(titles.places < len(row_of))
-    norms = np.linalg.norm(titles.vectors, axis=1, keepdims=True)
-    vectors = titles.vectors / np.where(norms > 0, norms, 1)
-    count = {cosine: np.zeros(len(first), np.int64) for cosine in TWIN_COSINES}
-    gained = {cosine: np.zeros(len(first)) for cosine in TWIN_COSINES}
-    begins = np.searchsorted(judged.query, np.arange(len(first) + 1))
-    for query, (begin, end) in enumerate(zip(begins[:-1], begins[1:], strict=True)):
-        place, label = judged.place[begin:end], judged.label[begin:end]
-        unjudged = np.setdiff1d(first[query], place)
-        unjudged = unjudged[row_of[unjudged] >= 0]
-        relevant = np.flatnonzero((label > 0) & (row_of[place] >= 0))
-        if not len(unjudged) or not len(relevant):
-            continue
-        relevant = relevant[np.argsort(-label[relevant], kind="stable")]
-        cosines = vectors[row_of[unjudged]] @ vectors[row_of[place[relevant]]].T
-        grades = label[relevant][cosines.argmax(axis=1)]
+    queries = len(first)
+    count = {least: np.zeros(queries, np.int64) for least in TWIN_COSINES}
+    gained = {least: np.zeros(queries) for least in TWIN_COSINES}
+    order = np.lexsort((-judged.label, judged.query))  # of equal cosines the highest grade counts
+    begins = np.searchsorted(judged.query, np.arange(queries + 1))
+    for query, (begin, end) in enumerate(pairwise(begins)):
+        pairs = order[begin:end]
+        unjudged = np.setdiff1d(first[query], judged.place[pairs])
+        relevant = pairs[judged.label[pairs] > 0]
+        cosines = titles_nd[unjudged] @ titles_nd[judged.place[relevant]].T
+        grades = judged.label[relevant][cosines.argmax(axis=1)]
         for least in TWIN_COSINES:
             alike = cosines.max(axis=1) >= least
             count[least][query] = alike.sum()

@@ -7,6 +7,7 @@ row reduces words to their stems (Snowball's English stemmer), which finds "brac
 Legend: ``Q`` queries, ``N`` products of the pool, ``K`` length of a list.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -151,6 +152,7 @@ class Bm25:
     def __init__(self, queries: Sequence[str], titles: Sequence[str], *, stem: bool) -> None:
         bm25s = _imported("bm25s", "bm25s")
         stemmer = _imported("Stemmer", "PyStemmer").Stemmer("english") if stem else None
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG itself
         self._queries, words = (
             bm25s.tokenize(
                 list(texts),
