@@ -35,7 +35,7 @@ TOKEN = r"\w+"
 
 _FAMILY_NAMES: dict[Family, str] = {"clip": "CLIP", "blip": "BLIP", "flava": "FLAVA"}
 _QUERIES_AT_ONCE = 64
-_INSTALL = "install it with: pip install 'dashclip-ranker[benchmarks]'"
+_INSTALL = "install it with: pip install 'dashclip-ranker[retrieval]'"
 
 Scores = Mapping[str, np.ndarray]
 

@@ -107,7 +107,7 @@ def test_rows_stand_in_the_papers_order_and_missing_ones_say_why(colours, tmp_pa
     assert missing["note"] == "/no/clip: no such folder"
     assert [missing[key] for key in (*METRICS, "interval", "unjudged")] == [None] * 6
     assert row_of(document, "BLIP (image)")["note"] == "/no/blip.pth: no such file"
-    assert "pip install 'dashclip-ranker[benchmarks]'" in row_of(document, NAMES[2])["note"]
+    assert "pip install 'dashclip-ranker[retrieval]'" in row_of(document, NAMES[2])["note"]
     assert document["ratios"] == {}
 
 
