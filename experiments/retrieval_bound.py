@@ -262,8 +262,8 @@ def _notes(document: dict[str, Any]) -> list[str]:
         f"{document['relevant_per_query']:.1f} of them relevant; {more:,} queries have more than "
         f"{k}. In random order the judged products alone reach {shuffled:.3f}: where few are "
         "judged, judged products only hardly tell methods apart.",
-        "An unjudged product that comes before judged ones may be relevant or not: how much of what "
-        "is lost to them is the fault of missing judgements is not known.",
+        "An unjudged product before judged ones may be relevant or not: how much of what is lost "
+        "to them is the fault of missing judgements is not known.",
         "A twin's grade is guessed from its title, and the best possible sum does not grow with "
         "the twins: what they add is an upper reading, not a correction.",
         "The hybrid adds the z-scores of model and stemmed BM25, equal weights, nothing tuned.",
