@@ -17,6 +17,7 @@ from embeddings import distributed
 from embeddings.config import AlignmentConfig
 from embeddings.dashclip import DashClip
 from embeddings.losses import product_query_contrast, similarities
+from embeddings.mining import mine
 from embeddings.products import Products
 from embeddings.sampling import Tuples, TupleSampler
 from embeddings.stage import Batch
@@ -32,7 +33,8 @@ class Alignment:
         products: titles and images.
         queries: the queries, numbered as the sampler numbers them.
         sampler: draws the tuples.
-        watch: returns the figures of the model as it is, where something is to be watched.
+        seed: of the draws among mined products.
+        bfloat16: whether mining computes in bfloat16.
     """
 
     name = "stage 2"
@@ -44,7 +46,9 @@ class Alignment:
         products: Products,
         queries: TextBank,
         sampler: TupleSampler,
-        watch: Callable[[], dict[str, float]] | None = None,
+        *,
+        seed: int = 0,
+        bfloat16: bool = False,
     ) -> None:
         self.model = model
         self.config = config
@@ -52,10 +56,19 @@ class Alignment:
         self._products = products
         self._queries = queries
         self._sampler = sampler
-        self._watch = watch
+        self._seed = seed
+        self._bfloat16 = bfloat16
+        depth = min(config.mining_depth, len(sampler.products)) if config.mined_products else 0
+        # Rows that rank high for each query, and the epoch before which they were ranked.
+        self._mined = torch.zeros(len(queries.lengths), depth, dtype=torch.long)
+        self._mined_for = torch.full((1,), -1)
 
     def batches(self, epoch: int, size: int) -> Iterator[Batch]:
-        """Yield products ``[B]``, positives ``[B]`` and negatives ``[B, K]``, -1 for none."""
+        """Yield products, positives ``[B]``, negatives ``[B, K]`` (-1: none), mined ``[B, M]``."""
+        if self.config.mined_products and int(self._mined_for) != epoch:
+            self._mine(epoch)
+        rng = np.random.default_rng((self._seed, 4, epoch))
+        depth, count = self._mined.shape[1], self.config.mined_products
         left: Tuples | None = None
         for block in self._sampler.blocks(epoch):
             if left is not None and len(left):
@@ -63,18 +76,23 @@ class Alignment:
             whole = len(block) // size * size
             for start in range(0, whole, size):
                 part = block[start : start + size]
-                yield part.product, part.positive, part.negative
+                drawn = rng.integers(0, max(depth, 1), (size, count))
+                mined = self._mined.numpy()[part.positive[:, None], drawn] if count else drawn
+                yield part.product, part.positive, part.negative, mined
             left = block[whole:]
 
     def prepare(self, batch: Batch) -> None:
         """Begin to read this process's images of a batch."""
         if self._products.images is not None:
-            self._products.images.prepare(_own_share(np.unique(batch[0])))
+            rows = np.unique(np.concatenate([batch[0], batch[3].reshape(-1)]))
+            self._products.images.prepare(_own_share(rows))
 
     def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return this process's part of the PQC loss; see `embeddings.stage.Stage`."""
-        product, positive, negative = batch
-        products, product_of = np.unique(product, return_inverse=True)
+        product, positive, negative, mined = batch
+        rows = np.concatenate([product, mined.reshape(-1)])
+        products, found = np.unique(rows, return_inverse=True)
+        product_of = found[: len(product)]
         both = np.concatenate([positive[:, None], negative], axis=1)
         queries = np.unique(both[both >= 0])
         query_of = np.where(both >= 0, np.searchsorted(queries, both), -1)
@@ -108,12 +126,28 @@ class Alignment:
         """Nothing follows a step."""
 
     def evaluate(self) -> dict[str, float]:
-        """Return what is watched."""
-        return self._watch() if self._watch is not None else {}
+        """Return nothing: the stage is watched by its loss."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Return nothing: the sampler depends on the epoch only."""
-        return {}
+        """Return what was mined; the sampler depends on the epoch only."""
+        if not self.config.mined_products:
+            return {}
+        return {"mined": self._mined, "mined_for": self._mined_for}
+
+    def _mine(self, epoch: int) -> None:
+        """Rank the products that the sampler knows for each of its queries."""
+        self.model.eval()
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16):
+            rows = mine(
+                self._embed_queries,
+                lambda rows: self._products.embed(self.model, rows),
+                self._sampler.queries,
+                self._sampler.products,
+                self._mined.shape[1],
+            )
+        self._mined[torch.from_numpy(self._sampler.queries).long()] = torch.from_numpy(rows)
+        self._mined_for.fill_(epoch)
 
     def _embed_queries(self, rows: Tensor) -> Tensor:
         return self.model.query_embedding(self._queries.pooled(rows))

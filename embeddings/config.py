@@ -10,7 +10,7 @@ from features.config_file import check_least
 from features.errors import BadInputError
 
 _LEAST = dict.fromkeys(("batch", "accumulate", "image_layers", "max_tokens"), 1)
-_LEAST |= dict.fromkeys(("queue", "patience", "threads"), 1)
+_LEAST |= dict.fromkeys(("queue", "patience", "threads", "mining_depth"), 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +146,9 @@ class AlignmentConfig(StageConfig):
         shared_negatives: whether every query of the batch that is not relevant to a product is a
             negative for it, beside its own ten.
         symmetric: whether products of the batch are also contrasted for each positive query.
+        mined_products: products a tuple that rank high for its query without being known as
+            relevant (`embeddings.mining`), beside those of the batch; needs ``symmetric``.
+        mining_depth: how many of the highest-ranked they are drawn from, at each epoch anew.
         sampling: positives and negatives of a product.
     """
 
@@ -155,11 +158,15 @@ class AlignmentConfig(StageConfig):
     temperature: float = 0.05
     shared_negatives: bool = True
     symmetric: bool = True
+    mined_products: int = 0
+    mining_depth: int = 50
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(proxies=False))
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
         _check_temperature(self.temperature)
+        if self.mined_products and not self.symmetric:
+            raise BadInputError("'mined_products' are contrasted with 'symmetric' only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -145,6 +145,16 @@ class TupleSampler:
         self._relevant = np.append(np.sort(keys), np.iinfo(np.int64).max)
         self._quota = self._positives_of_each()
 
+    @property
+    def queries(self) -> np.ndarray:
+        """The numbers of all judged queries, ascending."""
+        return self._used
+
+    @property
+    def products(self) -> np.ndarray:
+        """The catalog rows of the products with a relevant query, ascending."""
+        return self._product
+
     def __len__(self) -> int:
         """The number of tuples of an epoch, the same for each."""
         return int(self._quota.sum())

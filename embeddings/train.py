@@ -275,7 +275,15 @@ class _Run:
         )
         products = corpus.products(model, depth)
         queries = corpus.queries(model, depth, relevance.queries)
-        stage = Alignment(model, stage_config, products, queries, sampler)
+        stage = Alignment(
+            model,
+            stage_config,
+            products,
+            queries,
+            sampler,
+            seed=self.config.seed,
+            bfloat16=self.bfloat16,
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         before = [parameter.detach().clone() for parameter in trained]
         progress = self._loop(stage, stage_config, model, 0)

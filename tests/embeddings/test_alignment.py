@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tiny_dashclip import tiny_catalog, tiny_start, tiny_tokenizer
 
 from embeddings.alignment import Alignment
@@ -16,6 +17,7 @@ from embeddings.images import decode_image
 from embeddings.relevance import read_relevance
 from embeddings.sampling import SamplingConfig, TupleSampler
 from embeddings.stage import StageLoop
+from features.errors import BadInputError
 
 NO_IMAGE, NO_TITLE = (1, 5), (2, 5)
 CONFIG = AlignmentConfig(
@@ -61,7 +63,7 @@ def cosines(stage, data):
 
 def equation_1(cosine, batch, relevant=None):
     """Return the mean over the tuples; with ``relevant`` ([N, Q]) all queries of it compete."""
-    product, positive, negative = batch
+    product, positive, negative, _ = batch
     used = {*positive.tolist(), *negative[negative >= 0].tolist()}
     losses = []
     for p, q, others in zip(product, positive, negative, strict=True):
@@ -75,11 +77,12 @@ def equation_1(cosine, batch, relevant=None):
 
 def backwards(cosine, batch, relevant):
     """Return the mean over the tuples of finding the product of the query in the batch."""
-    product, positive, _ = batch
+    product, positive, _, mined = batch
+    there = {*product.tolist(), *mined.reshape(-1).tolist()}
     losses = []
     for p, q in zip(product, positive, strict=True):
         near = np.exp(cosine[p, q] / 0.05)
-        others = [o for o in set(product.tolist()) if not relevant[o, q]]
+        others = [o for o in there if not relevant[o, q]]
         losses.append(-np.log(near / (near + sum(np.exp(cosine[o, q] / 0.05) for o in others))))
     return np.mean(losses)
 
@@ -110,10 +113,11 @@ def test_the_loss_is_equation_1(made, data, pooling):
 
 def test_tuples_with_fewer_negatives(made, data):
     stage = made()
-    product, positive, negative = batch_of(stage)
+    product, positive, negative, mined = batch_of(stage)
     negative = np.where(np.arange(4) < np.arange(16)[:, None] % 5, negative, -1)
-    loss, _ = stage.loss((product, positive, negative), epoch=0.0, seed=0)
-    expected = equation_1(cosines(stage, data), (product, positive, negative))
+    batch = product, positive, negative, mined
+    loss, _ = stage.loss(batch, epoch=0.0, seed=0)
+    expected = equation_1(cosines(stage, data), batch)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -139,7 +143,7 @@ def test_products_contrasted_for_a_query_too(made, data, shared):
 def test_batches_join_blocks_and_hold_every_tuple_but_the_last_few(made):
     stage = made()
     batches = list(stage.batches(0, 20))
-    tuples = [tuple(row) for p, q, n in batches for row in np.column_stack([p, q, n]).tolist()]
+    tuples = [tuple(row) for p, q, n, _ in batches for row in np.column_stack([p, q, n]).tolist()]
     drawn = [
         tuple(row)
         for block in stage._sampler.blocks(0)
@@ -194,16 +198,40 @@ def test_gradients_reach_what_is_trained_and_nothing_else(made):
         assert not any(found.startswith(name) for found in reached)
 
 
-def test_what_is_watched_is_the_evaluation(made):
+def test_nothing_is_watched_nor_kept_where_nothing_is_mined(made):
     stage = made()
     assert stage.evaluate() == {}
-    watched = Alignment(
-        stage.model,
-        stage.config,
-        stage._products,
-        stage._queries,
-        stage._sampler,
-        watch=lambda: {"ndcg": 0.5},
+    assert stage.state() == {}
+
+
+def test_mined_products_rank_high_and_compete(made, data):
+    stage = made(replace(CONFIG, symmetric=True, mined_products=2, mining_depth=3))
+    batch = batch_of(stage)
+    cosine, relevant = cosines(stage, data), relevant_pairs(data)
+    known = stage._sampler.products
+    assert batch[3].shape == (16, 2)
+    for query, rows in zip(batch[1], batch[3], strict=True):
+        assert {*rows.tolist()} <= {*known[np.argsort(-cosine[known, query])[:3]].tolist()}
+    expected = (equation_1(cosine, batch) + backwards(cosine, batch, relevant)) / 2
+    assert stage.loss(batch, epoch=0.0, seed=0)[0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_products_are_mined_once_an_epoch_and_a_resumed_one_has_them(made):
+    config = replace(CONFIG, symmetric=True, mined_products=2, mining_depth=3)
+    stage, resumed = made(config), made(config)
+    first = list(stage.batches(1, 16))
+    with torch.no_grad():
+        resumed.model.query_proj.weight.neg_()  # as if it had been trained in between
+    for name, tensor in stage.state().items():
+        resumed.state()[name].copy_(tensor)
+    for batch, again in zip(first, resumed.batches(1, 16), strict=True):
+        assert (batch[3] == again[3]).all()
+    assert any(
+        (batch[3] != again[3]).any()
+        for batch, again in zip(first, resumed.batches(2, 16), strict=True)
     )
-    assert watched.evaluate() == {"ndcg": 0.5}
-    assert watched.state() == {}
+
+
+def test_mining_needs_the_contrast_of_products():
+    with pytest.raises(BadInputError, match=r"'mined_products' .* 'symmetric' only"):
+        replace(CONFIG, mined_products=1)

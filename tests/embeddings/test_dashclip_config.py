@@ -37,6 +37,7 @@ def changed(kind):
         else:
             values[field.name] = f'a "folder"\\of mine\n{field.name} ü'
     values |= {"accumulate": 2} if "accumulate" in values else {}
+    values |= {"symmetric": True} if "symmetric" in values else {}  # mined products need it
     return kind(**values)
 
 

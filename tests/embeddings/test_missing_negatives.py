@@ -115,8 +115,9 @@ def test_the_stage_trains_on_tuples_with_fewer_negatives(tmp_path):
     loss, figures = stage.loss(batch, epoch=0.0, seed=0)
     # The same tuple by tuple, with what is there and nothing else.
     alone = []
-    for product, positive, negative in zip(*batch, strict=True):
+    for product, positive, negative, mined in zip(*batch, strict=True):
         known = negative[negative >= 0][None]
-        alone.append(stage.loss((product[None], positive[None], known), epoch=0.0, seed=0)[0])
+        one = product[None], positive[None], known, mined[None]
+        alone.append(stage.loss(one, epoch=0.0, seed=0)[0])
     assert loss.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
     assert figures["loss"] == pytest.approx(loss.item())
