@@ -158,7 +158,7 @@ class AlignmentConfig(StageConfig):
     temperature: float = 0.05
     shared_negatives: bool = True
     symmetric: bool = True
-    mined_products: int = 0
+    mined_products: int = 2
     mining_depth: int = 50
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(proxies=False))
 

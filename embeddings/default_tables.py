@@ -14,7 +14,7 @@ TABLES = "tables"
 SMALL_RECIPE = DashClipTraining(
     pretraining=PretrainingConfig(epochs=1, limit=8_192),
     cropping=CroppingConfig(limit=8_192),
-    alignment=AlignmentConfig(epochs=1, limit=32_768),
+    alignment=AlignmentConfig(epochs=1, limit=32_768, mined_products=0),
 )
 
 

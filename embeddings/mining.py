@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from embeddings.retrieval import top_k
+from features.errors import BadInputError
 
 _BATCH = 256
 
@@ -33,8 +34,16 @@ def mine(
         queries: ``[Q]`` numbers of the queries.
         pool: catalog rows to rank.
         depth: ``M``, not more than the pool holds.
+
+    Raises:
+        BadInputError: a vector is not finite.
     """
-    rows, _ = top_k(_embedded(embed_queries, queries), _embedded(embed_products, pool), depth)
+    near = _embedded(embed_queries, queries), _embedded(embed_products, pool)
+    if not all(np.isfinite(vectors).all() for vectors in near):
+        raise BadInputError(
+            "the encoders' vectors are no numbers any more: lower the learning rate"
+        )
+    rows, _ = top_k(*near, depth)
     return pool[rows]
 
 

@@ -81,7 +81,10 @@ def variants_of(base: "DashClipTraining") -> dict[str, "DashClipTraining"]:
         "frozen-4-of-12": frozen(4 / 12),
         "frozen-8-of-12": frozen(8 / 12),
         "own-negatives" if shared else "shared-negatives": aligned(shared_negatives=not shared),
-        "one-way" if both_ways else "symmetric": aligned(symmetric=not both_ways),
+        "one-way" if both_ways else "symmetric": aligned(symmetric=not both_ways, mined_products=0),
+        "no-mined-products" if stage_2.mined_products else "mined-products": aligned(
+            symmetric=True, mined_products=0 if stage_2.mined_products else 2
+        ),
     }
 
 

@@ -24,6 +24,7 @@ CONFIG = AlignmentConfig(
     temperature=0.05,
     shared_negatives=False,
     symmetric=False,
+    mined_products=0,
     sampling=SamplingConfig(negatives=4, block_products=5),
 )
 

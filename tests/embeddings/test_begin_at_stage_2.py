@@ -25,7 +25,7 @@ def test_a_run_goes_on_from_what_another_had_before_stage_2(tmp_path, images):
         start=StartConfig(checkpoint=str(start)),
         pretraining=PretrainingConfig(epochs=1, batch=8, queue=8),
         cropping=CroppingConfig(batch=8),
-        alignment=AlignmentConfig(epochs=1, batch=8, symmetric=False),
+        alignment=AlignmentConfig(epochs=1, batch=8, symmetric=False, mined_products=0),
         precision="float32",
         threads=1,
     )

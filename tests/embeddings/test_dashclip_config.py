@@ -37,7 +37,8 @@ def changed(kind):
         else:
             values[field.name] = f'a "folder"\\of mine\n{field.name} ü'
     values |= {"accumulate": 2} if "accumulate" in values else {}
-    values.pop("mined_products", None)  # needs `symmetric`, which is turned off above
+    if "mined_products" in values:  # they need `symmetric`, which is turned off above
+        values["mined_products"] = 0
     return kind(**values)
 
 

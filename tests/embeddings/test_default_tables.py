@@ -57,7 +57,7 @@ def test_the_paper_s_recipe_says_what_the_paper_says():
     config = from_toml(RECIPES / "paper.toml", DashClipTraining)
     assert config.cropping.epochs == 0
     assert config.alignment == AlignmentConfig(
-        shared_negatives=False, symmetric=False, sampling=SamplingConfig()
+        shared_negatives=False, symmetric=False, mined_products=0, sampling=SamplingConfig()
     )
     assert (config.alignment.sampling.positives, config.alignment.sampling.negatives) == (110, 10)
     assert config.alignment.sampling.proxies

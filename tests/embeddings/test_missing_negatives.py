@@ -104,6 +104,7 @@ def test_the_stage_trains_on_tuples_with_fewer_negatives(tmp_path):
         sampling=SamplingConfig(negatives=40, proxies=False),
         shared_negatives=False,
         symmetric=False,
+        mined_products=0,
     )
     depth = freeze(start.model, config.frozen_layers, Alignment.name)
     corpus = Corpus(catalog, start, DashClipTraining(), tmp_path / "work", False)

@@ -59,7 +59,9 @@ def configure(start):
             "pretraining": PretrainingConfig(
                 **{"epochs": 2, "batch": 8, "queue": 16, "held_out": 0.2} | (pretraining or {})
             ),
-            "alignment": AlignmentConfig(**{"epochs": 2, "batch": 16} | (alignment or {})),
+            "alignment": AlignmentConfig(
+                **{"epochs": 2, "batch": 16, "mined_products": 0} | (alignment or {})
+            ),
             "precision": "float32",
             "threads": 1,
             "checkpoint_seconds": 0.0,

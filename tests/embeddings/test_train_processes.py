@@ -51,14 +51,15 @@ VARIANTS = {
         "alignment": {
             "shared_negatives": False,
             "symmetric": False,
+            "mined_products": 0,
             "sampling": SamplingConfig(proxies=True),
         },
     },
     "photos-further": {
         "pretraining": {"momentum": 0.0},
-        "alignment": {"shared_negatives": True, "symmetric": True, "accumulate": 2},
+        "alignment": {"accumulate": 2, "mined_products": 0},
     },
-    "texts": {"images": False},
+    "texts": {"images": False, "alignment": {"mined_products": 0}},
 }
 
 

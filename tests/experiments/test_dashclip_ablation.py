@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*distutils:DeprecationWarning")
 
 
 PAPERS = AlignmentConfig(
-    shared_negatives=False, symmetric=False, sampling=SamplingConfig(proxies=True)
+    shared_negatives=False, symmetric=False, mined_products=0, sampling=SamplingConfig(proxies=True)
 )
 
 
@@ -40,6 +40,7 @@ def test_each_variant_changes_one_thing():
     assert list(found) == [
         *("base", "no-stage-1", "no-matching", "no-momentum", "no-averaging", "no-proxies"),
         *("frozen-0-of-12", "frozen-4-of-12", "frozen-8-of-12", "shared-negatives", "symmetric"),
+        "mined-products",
     ]
     assert found["frozen-8-of-12"] == found["base"] == base
     assert found["no-stage-1"].pretraining.epochs == found["no-stage-1"].cropping.epochs == 0

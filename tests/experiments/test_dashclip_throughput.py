@@ -83,6 +83,9 @@ class OneLinear:
         self.layer = model.product_proj
         self.steps = 0
 
+    def prepare(self, batch):
+        """Nothing to read."""
+
     def batches(self, epoch, size):
         for start in range(0, self.examples, size):
             yield (torch.arange(start, start + size).numpy(),)
