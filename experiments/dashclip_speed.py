@@ -193,18 +193,12 @@ def measure_stage(
             loop.run(on_step)
         return loop.batch, ends
 
-    def count(number: int) -> tuple[int, int]:
-        """Return the operations of a run's beginning and the steps that it took."""
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
-            _, taken = run(number)
-        return counter.get_total_flops(), len(taken)
-
-    # What precedes the first step (evaluation, mining) is no part of a step.
-    first, _ = count(1)
-    several, taken = count(1 + _COUNTED)
+    run(1)  # what precedes the first step (mining) is no part of a step
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+        _, counted = run(_COUNTED)
     batch, ends = run(steps + 1)
     seconds = np.diff(ends)
-    flops = (several - first) / (taken - 1)
+    flops = counter.get_total_flops() / len(counted)
     return {
         "name": stage.name,
         "batch": batch,
