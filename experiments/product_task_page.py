@@ -1,37 +1,16 @@
 """What the product tasks have to show: tables and one HTML page that needs nothing beside it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ranking.page import render
+from ranking.page import Picture, Table, render
 
 _NOTHING = "–"  # noqa: RUF001
 _DERIVED = (
     "The relevance labels are derived from attributes of the products; where the aisle is among "
     "these, an encoder trained on them has indirectly seen it."
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A table of texts; the first column names the row."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """An SVG text with what stands above and below it; a map has a row of the page to itself."""
-
-    title: str
-    caption: str
-    svg: str
-    is_map: bool = False
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
@@ -72,13 +51,21 @@ def render_page(document: Mapping[str, Any], pictures: Sequence[Picture]) -> str
     """Return the page that shows the content of ``product_tasks.json`` with its pictures."""
     relevance = document["relevance"]
     derived = bool(relevance) and "derived" in relevance["sources"]
+    seeds = document["seeds"]
     return render(
         Path(__file__).with_name("product_tasks.html"),
-        document=document,
+        title=f"Product tasks on {document['dataset']}",
+        subtitle=f"Small classifiers on frozen embeddings, {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'} (mean ± standard deviation)",
+        caveat=document["caveat"],
+        notices=[*document["skipped"], *([_DERIVED] if derived else [])],
         pictures=pictures,
         tables=tables(document),
         recall=recall_table(document["aisle"]) if document["aisle"] else None,
-        derived=_DERIVED if derived else "",
+        again="page",
+        command=document["command"],
+        origin={f"Encoder, {name}": value for name, value in document["encoders"].items()},
+        versions=document["versions"],
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from features.files import write_text
 from ranking.metrics import Predictions, SliceMetrics
-from ranking.page import render
+from ranking.page import Picture, Table, render
 from ranking.plots import calibration_plot, histogram_plot, loss_plot, roc_plot
 
 _COLUMNS = (
@@ -22,6 +22,11 @@ _COLUMNS = (
     ("requests", "requests", "{:,}"),
 )
 _NOTHING = "–"  # noqa: RUF001
+_METRICS_NOTE = (
+    "Normalised log loss: log loss divided by the entropy of the slice's own click rate (lower is "
+    "better, 1 knows the click rate and nothing else). Calibration: predicted divided by observed "
+    "click rate. AUC in requests: mean over the requests that have a click and a non-click."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +88,31 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _render(report: RunReport) -> str:
-    header, rows = format_slice_rows(report.metrics["slices"])
     return render(
         Path(__file__).with_name("report.html"),
-        report=report,
-        header=header,
-        rows=rows,
+        title=f"{report.metrics['model']} on {report.metrics['dataset']}",
+        subtitle=f"Evaluated on {report.evaluated_on}" if report.evaluated_on else "",
+        caveat=report.caveat,
+        metrics=_metrics_table(report.metrics["slices"]),
+        pictures=_pictures(report),
         training=_training_facts(report.metrics["training"]),
-        figures=_figures(report),
-        provenance={
+        config=report.config.strip(),
+        again="run",
+        command=report.command,
+        origin={
             "Seed": str(report.metrics["seed"]),
-            "Request records": report.data_fingerprint or _NOTHING,
+            "Data fingerprint (request records)": report.data_fingerprint or _NOTHING,
             "Embedding tables": report.table_fingerprint or "none in this model",
         },
+        versions=report.versions,
     )
+
+
+def _metrics_table(slices: Mapping[str, SliceMetrics]) -> Table:
+    """Return the metrics with a column for each slice, which fits a phone."""
+    header, rows = format_slice_rows(slices)
+    turned = [list(column) for column in zip(header, *rows, strict=True)]
+    return Table(title="Metrics", header=turned[0], rows=turned[1:], note=_METRICS_NOTE)
 
 
 def _training_facts(training: Mapping[str, float]) -> dict[str, str]:
@@ -116,25 +132,28 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _figures(report: RunReport) -> list[tuple[str, str, str]]:
-    """Return title, caption and SVG (empty: nothing to draw) of each figure."""
+def _pictures(report: RunReport) -> list[Picture]:
     predictions = report.predictions
     return [
-        ("ROC", "By slice; the straight line is chance.", roc_plot(predictions)),
-        (
-            "Calibration",
-            "Bars are 95 % Wilson intervals; the straight line is perfect calibration. "
+        Picture(
+            title="ROC",
+            caption="By slice; the straight line is chance.",
+            svg=roc_plot(predictions),
+        ),
+        Picture(
+            title="Calibration",
+            caption="Bars are 95 % Wilson intervals; the straight line is perfect calibration. "
             "A triangle is the upper end for a group without any click.",
-            calibration_plot(predictions),
+            svg=calibration_plot(predictions),
         ),
-        (
-            "Training loss",
-            "Log loss of the training batches as they came, and its moving mean.",
-            loss_plot(report.loss_curve) if report.loss_curve else "",
+        Picture(
+            title="Training loss",
+            caption="Log loss of the training batches as they came, and its moving mean.",
+            svg=loss_plot(report.loss_curve) if report.loss_curve else "",
         ),
-        (
-            "Scores by label",
-            "Share of the clicked and of the unclicked rows at each score.",
-            histogram_plot(predictions),
+        Picture(
+            title="Scores by label",
+            caption="Share of the clicked and of the unclicked rows at each score.",
+            svg=histogram_plot(predictions),
         ),
     ]

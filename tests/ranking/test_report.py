@@ -125,6 +125,8 @@ def test_it_shows_caveat_numbers_and_origin(tmp_path):
     ):
         assert text in html
     assert html.index(CAVEAT) < html.index("<table")
+    # A column for each slice: three fit a phone, nine metrics do not.
+    assert '<th scope="col">without history</th>' in html
 
 
 def test_it_stands_alone_and_fits_a_phone(tmp_path):
@@ -184,7 +186,7 @@ def test_what_is_missing_is_left_out_or_said(tmp_path):
     )
     assert 'class="caveat"' not in html
     assert "Evaluated on" not in html
-    assert "Not recorded in this run." in html
+    assert "Not recorded." in html
     assert "none in this model" in html
     assert html.count("<svg") == 3
 
