@@ -8,6 +8,7 @@ Dimensions: ``B`` requests, ``C`` candidates of all of them, ``H`` purchases of 
     product            [17, 20, 31, 20, 44]          C = 5
     history_lengths    [2,      0]
     history            [31, 17]                      H = 2
+    history_age        [0,  12]
 """
 
 import queue
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from features import columns
+from features.errors import BadInputError
 from features.id_map import MISSING_ID, hash_strings
 from features.schema import DatasetSchema, Level
 
@@ -41,6 +43,7 @@ class RequestBatch:
         lengths: [B] int64, candidates of each request.
         query: [B] int64, `hash_strings` of the query.
         history: [H] int64 product ids, most recent first within a request.
+        history_age: [H] int16, whole days of 24 hours between the purchase and the request.
         history_lengths: [B] int64.
         request_sparse: [S, B] int64 ids.
         request_dense: [D, B] float32, NaN where missing.
@@ -53,6 +56,7 @@ class RequestBatch:
     lengths: Tensor
     query: Tensor
     history: Tensor
+    history_age: Tensor
     history_lengths: Tensor
     request_sparse: Tensor
     request_dense: Tensor
@@ -66,11 +70,12 @@ class RequestBatch:
         """Make a batch of request records (one row a request).
 
         Without a column ``clicked`` that is unknown; without one ``purchase_history`` every
-        history is empty.
+        history is empty; without one ``purchase_age_days`` every purchase has age 0.
+
+        Raises:
+            BadInputError: a request has more or fewer ages than purchases.
         """
-        history = pa.chunked_array([pa.nulls(len(records), pa.list_(pa.int64()))])
-        if columns.PURCHASE_HISTORY in records.column_names:
-            history = records[columns.PURCHASE_HISTORY]
+        history, age = _history(records)
         products = records[columns.PRODUCT_ID]
         clicked = np.zeros(0, np.float32)
         if columns.CLICKED in records.column_names:
@@ -81,6 +86,7 @@ class RequestBatch:
             lengths=_lengths(products),
             query=_tensor(sparse_ids(records[columns.QUERY])),
             history=_tensor(sparse_ids(_flatten(history))),
+            history_age=_tensor(age),
             history_lengths=_lengths(history),
             request_sparse=_tensor(request[0]),
             request_dense=_tensor(request[1]),
@@ -89,6 +95,26 @@ class RequestBatch:
             candidate_dense=_tensor(candidate[1]),
             clicked=_tensor(clicked),
         )
+
+
+def _history(records: pa.Table) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """Return the purchase histories and the ages (int16, [H]) of what they hold."""
+    if columns.PURCHASE_HISTORY not in records.column_names:
+        nothing = pa.chunked_array([pa.nulls(len(records), pa.list_(pa.int64()))])
+        return nothing, np.zeros(0, np.int16)
+    history = records[columns.PURCHASE_HISTORY]
+    lengths = _lengths(history)
+    if columns.PURCHASE_AGE_DAYS not in records.column_names:
+        return history, np.zeros(int(lengths.sum()), np.int16)
+    ages = records[columns.PURCHASE_AGE_DAYS]
+    wrong = (_lengths(ages) != lengths).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise BadInputError(
+            f"request records: row {row + 1} has {int(_lengths(ages)[row])} values in column "
+            f"'{columns.PURCHASE_AGE_DAYS}' and {int(lengths[row])} in '{columns.PURCHASE_HISTORY}'"
+        )
+    return history, _flatten(ages).cast(pa.int16()).to_numpy(zero_copy_only=False)
 
 
 def level_features(
@@ -144,8 +170,11 @@ class RecordFiles:
 
         With a seed the row groups are drawn in an order that depends on seed and epoch alone, and
         the requests of a chunk should be put in `request_order`; without one the order is the
-        files'. Columns named in ``leave_out`` are not read.
+        files'. Columns named in ``leave_out`` are not read; with the purchase history its ages are
+        left out too.
         """
+        if columns.PURCHASE_HISTORY in leave_out:
+            leave_out = {*leave_out, columns.PURCHASE_AGE_DAYS}
         order = np.arange(len(self.units))
         if seed is not None:
             order = np.random.default_rng([seed, epoch]).permutation(order)

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from features import columns
 from features.errors import BadInputError
+from features.history import HISTORY_SCHEMA
 from features.parquet import is_text, missing_column, parquet_files
 from features.schema import DatasetSchema, Feature
 
@@ -220,7 +221,7 @@ def text(value: str) -> str:
 def _impression_kinds(folder: Path, schema: DatasetSchema) -> dict[str, _Kind]:
     kinds = dict(_IMPRESSION_KINDS)
     for feature in schema.features:
-        if feature.name in kinds or feature.name == columns.PURCHASE_HISTORY:
+        if feature.name in kinds or feature.name in HISTORY_SCHEMA.names:
             raise BadInputError(
                 f"{folder / 'dataset.toml'}: feature '{feature.name}' has the name of a column "
                 "that the contract fixes"

@@ -7,6 +7,8 @@ A request of user ``u`` at time ``t`` sees the purchases of ``u`` in ``[t - wind
        left out      included                     left out (the request's own basket)
 
 Most recent first, ties by ascending product id, repeats kept, at most ``cap`` of the most recent.
+Beside each product stands how long before the request it was bought, in whole days of 24 hours:
+0 for the last 24 hours, 84 only for a purchase exactly at the window's beginning.
 
 NOTE[DIFF]: the paper speaks of the list of product ids bought; it does not say whether one bought
 twice counts twice in the mean. Here it does.
@@ -23,6 +25,16 @@ from features import columns
 if TYPE_CHECKING:
     import duckdb
 
+# The columns of a history in the records. An age is capped at what int16 holds, 89 years.
+HISTORY_SCHEMA = pa.schema(
+    {
+        columns.PURCHASE_HISTORY: pa.list_(pa.int64()),
+        columns.PURCHASE_AGE_DAYS: pa.list_(pa.int16()),
+    }
+)
+_OLDEST = 2**15 - 1
+_DAY_US = 24 * 60 * 60 * 1_000_000
+
 # Requests of one user at one instant (one basket) share a history, so it is built once for them.
 # The bounds of the outer WHERE say nothing new: they let the scan skip purchases of other times.
 _SQL = """
@@ -31,7 +43,8 @@ histories AS (
     SELECT
         user_id,
         requested_at,
-        list(product_id ORDER BY purchased_at DESC, product_id)[:{cap}] AS purchase_history,
+        list(product_id ORDER BY purchased_at DESC, product_id)[:{cap}] AS products,
+        list(purchased_at ORDER BY purchased_at DESC)[:{cap}] AS times,
     FROM moments JOIN purchases USING (user_id)
     WHERE purchased_at >= requested_at - INTERVAL {days} DAY
       AND purchased_at < requested_at
@@ -39,7 +52,12 @@ histories AS (
       AND purchased_at < TIMESTAMP '{last}'
     GROUP BY ALL
 )
-SELECT coalesce(purchase_history, []::BIGINT[]) AS purchase_history
+SELECT
+    coalesce(products, []) AS purchase_history,
+    coalesce([
+        least((epoch_us(requested_at) - epoch_us(bought)) // {day_us}, {oldest})::SMALLINT
+        FOR bought IN times
+    ], []) AS purchase_age_days,
 FROM requests LEFT JOIN histories USING (user_id, requested_at)
 ORDER BY requested_at, request_id
 """
@@ -47,8 +65,8 @@ ORDER BY requested_at, request_id
 
 def purchase_histories(
     connection: "duckdb.DuckDBPyConnection", requests: pa.Table, *, window_days: int, cap: int
-) -> pa.ChunkedArray:
-    """Return the purchase history of each request.
+) -> pa.Table:
+    """Return the purchase history of each request, and the ages of its purchases.
 
     Args:
         connection: holds a table ``purchases`` with ``user_id``, ``product_id`` (int64) and
@@ -59,15 +77,20 @@ def purchase_histories(
         cap: the most products in one history.
 
     Returns:
-        ``[B]`` lists of int64 product ids, in the order of ``requests``; empty where the user
+        ``[B]`` rows of `HISTORY_SCHEMA`, in the order of ``requests``: lists of product ids and,
+        of the same lengths, of whole days between purchase and request; empty where the user
         bought nothing in the window.
     """
-    history_type = pa.list_(pa.int64())
     if requests.num_rows == 0:
-        return pa.chunked_array([], type=history_type)
+        return HISTORY_SCHEMA.empty_table()
     times = pc.min_max(requests[columns.REQUESTED_AT])
     sql = _SQL.format(
-        cap=cap, days=window_days, first=_literal(times["min"]), last=_literal(times["max"])
+        cap=cap,
+        days=window_days,
+        day_us=_DAY_US,
+        oldest=_OLDEST,
+        first=_literal(times["min"]),
+        last=_literal(times["max"]),
     )
     keys = [columns.REQUEST_ID, columns.USER_ID, columns.REQUESTED_AT]
     connection.register("requests", requests.select(keys))
@@ -75,7 +98,7 @@ def purchase_histories(
         found = pa.table(connection.sql(sql))
     finally:
         connection.unregister("requests")
-    return found[columns.PURCHASE_HISTORY].cast(history_type)
+    return found.cast(HISTORY_SCHEMA)
 
 
 def _literal(time: pa.Scalar) -> str:

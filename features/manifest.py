@@ -9,6 +9,13 @@ from features.files import write_text
 
 MANIFEST = "manifest.json"
 
+# 2: records carry `purchase_age_days`. Before it manifests named no format.
+FORMAT = 2
+
+
+class OtherFormatError(BadInputError):
+    """Request records of another format than `FORMAT`; they can be built anew."""
+
 
 def week_path(folder: Path, week: int) -> Path:
     """Return where the records of ``week`` lie in ``folder``."""
@@ -36,6 +43,7 @@ class RequestsManifest:
 
     Attributes:
         folder: where the records lie.
+        format: which columns the records have, see `FORMAT`.
         dataset: name of the dataset.
         fingerprint: SHA-256 of the dataset's files.
         window_days: length of the purchase-history window.
@@ -45,6 +53,7 @@ class RequestsManifest:
     """
 
     folder: Path
+    format: int
     dataset: str
     fingerprint: str
     window_days: int
@@ -57,6 +66,7 @@ class RequestsManifest:
         """Read ``folder/manifest.json``.
 
         Raises:
+            OtherFormatError: another version wrote the records.
             BadInputError: ``folder`` does not hold finished request records.
         """
         path = folder / MANIFEST
@@ -65,9 +75,15 @@ class RequestsManifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             weeks = {int(week): WeekCounts(**c) for week, c in content.pop("weeks").items()}
-            return cls(folder=folder, weeks=weeks, **content)
+            manifest = cls(folder=folder, weeks=weeks, **{"format": 1, **content})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInputError(f"{path}: not a manifest of request records: {error}") from error
+        if manifest.format != FORMAT:
+            raise OtherFormatError(
+                f"{path}: the request records have format {manifest.format}, expected {FORMAT}; "
+                "build them again with build-features"
+            )
+        return manifest
 
     def path(self, week: int) -> Path:
         """Return the Parquet file of ``week``.

@@ -2,10 +2,10 @@
 
 Built by DuckDB from a dataset folder, a week at a time, into a folder of Parquet files::
 
-    request_id  user_id  requested_at  query  purchase_history  <request features>
-    7           3        2017-10-23 …  soup   [81, 12, 81]      …
-                                   product_id  clicked         <candidate features>
-                                   [5, 9, 40]  [no, yes, no]   [.., .., ..]
+    request_id  user_id  requested_at  query  purchase_history  purchase_age_days
+    7           3        2017-10-23 …  soup   [81, 12, 81]      [0, 6, 40]
+        <request features>  product_id  clicked        <candidate features>
+        …                   [5, 9, 40]  [no, yes, no]  [.., .., ..]
 
 Rows are ordered by ``(requested_at, request_id)``, candidates by ``product_id``. All that belongs
 to the user or the query stands once a request: it is stored, read and computed once.
@@ -30,8 +30,15 @@ from features import columns
 from features.dataset import EARLIEST, LATEST, Dataset, DataTable, reading, text
 from features.errors import BadInputError
 from features.files import atomic_file, fingerprint, write_text
-from features.history import purchase_histories
-from features.manifest import MANIFEST, RequestsManifest, WeekCounts, week_path
+from features.history import HISTORY_SCHEMA, purchase_histories
+from features.manifest import (
+    FORMAT,
+    MANIFEST,
+    OtherFormatError,
+    RequestsManifest,
+    WeekCounts,
+    week_path,
+)
 from features.records import nest, split_requests
 from features.schema import Weeks
 
@@ -66,7 +73,8 @@ def build_requests(
 
     Nothing is computed from a purchase at or after its request. The same inputs and options give
     the same bytes; a build that was killed carries on with the weeks that are missing, and one
-    that is complete is left as it is. Other inputs or options replace what ``output`` holds.
+    that is complete is left as it is. Other inputs or options, and records of another format,
+    replace what ``output`` holds.
 
     Args:
         dataset: folder with ``impressions.parquet``, ``purchases.parquet``, ``catalog.parquet``
@@ -87,16 +95,15 @@ def build_requests(
         raise BadInputError(f"{output}: is a file, expected a folder for the request records")
     opened = Dataset.open(dataset)
     key: dict[str, Any] = {
+        "format": FORMAT,
         "dataset": opened.schema.name,
         "fingerprint": _fingerprint(opened),
         "window_days": window_days,
         "history_cap": history_cap,
     }
-    if (output / MANIFEST).exists():
-        manifest = RequestsManifest.load(output)
-        same = all(getattr(manifest, name) == value for name, value in key.items())
-        if same and all(manifest.path(week).is_file() for week in manifest.weeks):
-            return manifest
+    finished = _finished(output, key)
+    if finished is not None:
+        return finished
     with _engine(output) as connection:
         opened.check(connection)
         with reading(dataset):
@@ -108,6 +115,19 @@ def build_requests(
     manifest.save()
     (output / _UNFINISHED).unlink()
     return manifest
+
+
+def _finished(output: Path, key: dict[str, Any]) -> RequestsManifest | None:
+    """Return the manifest of ``output`` if it holds all records of the build ``key``."""
+    if not (output / MANIFEST).exists():
+        return None
+    try:
+        manifest = RequestsManifest.load(output)
+    except OtherFormatError:
+        return None
+    same = all(getattr(manifest, name) == value for name, value in key.items())
+    whole = all(manifest.path(week).is_file() for week in manifest.weeks)
+    return manifest if same and whole else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +196,7 @@ class _Build:
             cursor, requests, window_days=self.window_days, cap=self.history_cap
         )
         arrays = {name: requests[name] for name in requests.column_names}
-        arrays[columns.PURCHASE_HISTORY] = histories
+        arrays |= {name: histories[name] for name in HISTORY_SCHEMA.names}
         for name in self.dataset.candidate_columns:
             arrays[name] = nest(rows[name], offsets)
         schema = _record_schema(self.dataset)
@@ -212,7 +232,7 @@ def _record_schema(dataset: Dataset) -> pa.Schema:
     user, time, query, *features = dataset.request_columns
     return pa.schema(
         [(name, types[name]) for name in (columns.REQUEST_ID, user, time, query)]
-        + [(columns.PURCHASE_HISTORY, pa.list_(pa.int64()))]
+        + list(HISTORY_SCHEMA)
         + [(name, types[name]) for name in features]
         + [(name, pa.list_(types[name])) for name in dataset.candidate_columns]
     )

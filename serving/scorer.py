@@ -11,7 +11,7 @@ import pyarrow as pa
 from features import columns
 from features.batch import RequestBatch
 from features.errors import BadInputError
-from features.history import purchase_histories
+from features.history import HISTORY_SCHEMA, purchase_histories
 from features.records import nest, split_requests
 from ranking.bundle import Bundle
 
@@ -87,17 +87,16 @@ class Scorer:
             request += _HISTORY_KEYS
         requests, offsets = split_requests(table, request)
         arrays = {name: requests[name] for name in requests.column_names}
-        arrays[columns.PURCHASE_HISTORY] = self._histories(requests, purchases)
+        histories = self._histories(requests, purchases)
+        arrays |= {name: histories[name] for name in histories.column_names}
         for name in (columns.PRODUCT_ID, *(f.name for f in features if f.level == "candidate")):
             arrays[name] = nest(table[name], offsets)
         return pa.table(arrays)
 
-    def _histories(
-        self, requests: pa.Table, purchases: pa.Table | None
-    ) -> pa.Array | pa.ChunkedArray:
+    def _histories(self, requests: pa.Table, purchases: pa.Table | None) -> pa.Table:
         if purchases is None or len(requests) == 0:
             nothing: list[list[int]] = [[]] * len(requests)
-            return pa.array(nothing, pa.list_(pa.int64()))
+            return pa.table([nothing] * len(HISTORY_SCHEMA), schema=HISTORY_SCHEMA)
         order = [(columns.REQUESTED_AT, "ascending"), (columns.REQUEST_ID, "ascending")]
         numbered = requests.append_column(_POSITION, pa.array(np.arange(len(requests))))
         by_time = numbered.sort_by(order)

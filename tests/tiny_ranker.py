@@ -108,6 +108,7 @@ def tiny_batch(
         candidate_sparse=sparse(candidates),
         candidate_dense=dense(candidates),
         clicked=torch.from_numpy(random.integers(0, 2, candidates)).float(),
+        history_age=torch.from_numpy(random.integers(0, 85, items).astype(np.int16)),
     )
 
 

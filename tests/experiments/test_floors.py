@@ -14,7 +14,7 @@ from experiments import floors
 from experiments.flat_table import FlatTable, Vocabularies
 from experiments.hashed_logistic import BUCKET_BITS, FeatureHasher, HashedLogistic, fit_tuned
 from features.errors import BadInputError
-from features.requests import RequestsManifest
+from features.manifest import FORMAT, RequestsManifest
 from features.schema import DatasetSchema
 
 SCHEMA = """
@@ -65,6 +65,7 @@ def write_records(folder: Path, weeks: dict[int, list[Request]]) -> RequestsMani
         flat = [click for clicks in clicked for click in clicks]
         counts[week] = {"requests": len(requests), "rows": len(flat), "positives": sum(flat)}
     manifest = {
+        "format": FORMAT,
         "dataset": "tiny",
         "fingerprint": "0",
         "window_days": 84,

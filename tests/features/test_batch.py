@@ -17,6 +17,7 @@ from features.batch import (
     request_order,
     sparse_ids,
 )
+from features.errors import BadInputError
 from features.id_map import MISSING_ID, hash_strings
 from features.schema import DatasetSchema, Feature
 
@@ -37,6 +38,7 @@ RECORDS = pa.table(
         "request_id": pa.array([1, 2, 3]),
         "query": pa.array(["soup", None, "soup"]),
         "purchase_history": pa.array([[31, 17, 31], [], [5]], pa.list_(pa.int64())),
+        "purchase_age_days": pa.array([[0, 3, 40], [], [84]], pa.list_(pa.int16())),
         "store": pa.array([4, None, -2]),
         "query_type": pa.array(["tin", "", None]),
         "baskets": pa.array([1.5, None, 3.0]),
@@ -53,10 +55,18 @@ def hashed(*texts):
     return hash_strings(pa.array(texts, pa.string())).tolist()
 
 
+def with_histories(histories, ages):
+    others = RECORDS.drop_columns(["purchase_history", "purchase_age_days"])
+    histories = others.append_column("purchase_history", histories)
+    return histories.append_column("purchase_age_days", ages)
+
+
 def check_records(batch):
     assert batch.lengths.tolist() == [2, 0, 1]
     assert batch.query.tolist() == hashed("soup", None, "soup")
     assert batch.history.tolist() == [31, 17, 31, 5]
+    assert batch.history_age.tolist() == [0, 3, 40, 84]
+    assert batch.history_age.dtype == torch.int16
     assert batch.history_lengths.tolist() == [3, 0, 1]
     assert batch.request_sparse.tolist() == [[4, MISSING_ID, -2], hashed("tin", "", None)]
     assert batch.product.tolist() == [17, 20, 31]
@@ -83,6 +93,7 @@ def test_records_in_pieces_slices_and_another_order():
     assert turned.lengths.tolist() == [1, 0, 2]
     assert turned.product.tolist() == [31, 17, 20]
     assert turned.history.tolist() == [5, 31, 17, 31]
+    assert turned.history_age.tolist() == [84, 0, 3, 40]
 
 
 def test_records_without_clicks_are_for_scoring():
@@ -100,12 +111,23 @@ def test_no_records_at_all():
 
 def test_a_history_that_is_null_is_empty():
     histories = pa.array([[31], None, [5]], pa.list_(pa.int64()))
-    place = RECORDS.column_names.index("purchase_history")
-    records = RECORDS.set_column(place, "purchase_history", histories)
-    batch = RequestBatch.from_records(records, SCHEMA)
+    ages = pa.array([[7], None, [9]], pa.list_(pa.int16()))
+    batch = RequestBatch.from_records(with_histories(histories, ages), SCHEMA)
     assert batch.history_lengths.tolist() == [1, 0, 1]
     assert batch.history_lengths.dtype == torch.int64
     assert batch.history.tolist() == [31, 5]
+    assert batch.history_age.tolist() == [7, 9]
+
+
+def test_ages_must_be_as_many_as_the_purchases():
+    histories = pa.array([[31], [17, 31], []], pa.list_(pa.int64()))
+    ages = pa.array([[7], [9], [1]], pa.list_(pa.int16()))
+    with pytest.raises(BadInputError) as caught:
+        RequestBatch.from_records(with_histories(histories, ages), SCHEMA)
+    assert str(caught.value) == (
+        "request records: row 2 has 1 values in column 'purchase_age_days' and 2 in "
+        "'purchase_history'"
+    )
 
 
 def test_schema_without_features():
@@ -194,6 +216,24 @@ def test_without_a_history_column_histories_are_empty():
     batch = RequestBatch.from_records(RECORDS.drop_columns(["purchase_history"]), SCHEMA)
     assert batch.history_lengths.tolist() == [0] * len(RECORDS)
     assert batch.history.tolist() == []
+    assert batch.history_age.tolist() == []
+    assert batch.history_age.dtype == torch.int16
+
+
+def test_without_ages_every_age_is_0():
+    batch = RequestBatch.from_records(RECORDS.drop_columns(["purchase_age_days"]), SCHEMA)
+    assert batch.history.tolist() == [31, 17, 31, 5]
+    assert batch.history_age.tolist() == [0, 0, 0, 0]
+    assert batch.history_age.dtype == torch.int16
+
+
+def test_ages_are_left_out_with_their_histories(tmp_path):
+    pq.write_table(RECORDS, tmp_path / "week.parquet")
+    (table,) = RecordFiles.open([tmp_path / "week.parquet"]).chunks(
+        1, leave_out=["purchase_history", "store"]
+    )
+    left = {"purchase_history", "purchase_age_days", "store"}
+    assert table.column_names == [name for name in RECORDS.column_names if name not in left]
 
 
 def test_text_is_read_as_dictionaries_and_gives_the_same_batch(tmp_path):

@@ -8,13 +8,14 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.history import purchase_histories
+from features.history import HISTORY_SCHEMA, purchase_histories
 
 NOON = dt.datetime(2024, 3, 31, 12)
 DAY = dt.timedelta(days=1)
 INSTANT = dt.timedelta(microseconds=1)
 
 Purchase = tuple[int, int, dt.datetime]  # user, product, time
+Bought = tuple[int, int]  # product, age in days
 
 
 @functools.cache
@@ -27,7 +28,7 @@ def histories(
     requests: list[tuple[int, dt.datetime]],
     window_days: int = 84,
     cap: int = 1000,
-) -> list[list[int]]:
+) -> list[list[Bought]]:
     """Return the history of each request (user, time), in the order given."""
     time = pa.timestamp("us")
     table = pa.table(
@@ -49,13 +50,22 @@ def histories(
     connection.register("bought", table)
     connection.execute("CREATE OR REPLACE TABLE purchases AS FROM bought")
     found = purchase_histories(connection, order, window_days=window_days, cap=cap)
-    by_request = dict(zip(order["request_id"].to_pylist(), found.to_pylist(), strict=True))
+    assert found.schema.equals(HISTORY_SCHEMA)
+    products, ages = (found[name].to_pylist() for name in HISTORY_SCHEMA.names)
+    by_request = {
+        request: list(zip(*lists, strict=True))
+        for request, *lists in zip(order["request_id"].to_pylist(), products, ages, strict=True)
+    }
     return [by_request[i] for i in range(len(requests))]
+
+
+def products(found: list[list[Bought]]) -> list[list[int]]:
+    return [[product for product, _ in history] for history in found]
 
 
 def reference(
     purchases: list[Purchase], user: int, time: dt.datetime, window_days: int, cap: int
-) -> list[int]:
+) -> list[Bought]:
     """The definition, a purchase at a time."""
     inside = [
         (bought_at, product)
@@ -64,7 +74,7 @@ def reference(
     ]
     inside.sort(key=lambda purchase: purchase[1])
     inside.sort(key=lambda purchase: purchase[0], reverse=True)
-    return [product for _, product in inside][:cap]
+    return [(product, (time - bought_at) // DAY) for bought_at, product in inside][:cap]
 
 
 def test_bounds_of_the_window() -> None:
@@ -76,7 +86,7 @@ def test_bounds_of_the_window() -> None:
         (1, 14, NOON + INSTANT),
         (2, 15, NOON - DAY),  # another user
     ]
-    assert histories(purchases, [(1, NOON)]) == [[11, 12]]
+    assert histories(purchases, [(1, NOON)]) == [[(11, 0), (12, 84)]]
 
 
 def test_most_recent_first_ties_by_product_repeats_kept() -> None:
@@ -88,23 +98,41 @@ def test_most_recent_first_ties_by_product_repeats_kept() -> None:
         (1, 20, NOON - DAY),
         (1, 20, NOON - 3 * DAY),
     ]
-    assert histories(purchases, [(1, NOON)]) == [[9, 20, 20, 10, 20, 30]]
+    found = histories(purchases, [(1, NOON)])
+    assert found == [[(9, 1), (20, 1), (20, 1), (10, 2), (20, 3), (30, 3)]]
+
+
+def test_an_age_is_in_whole_days_of_24_hours() -> None:
+    purchases = [
+        (1, 10, NOON - INSTANT),
+        (1, 11, NOON - DAY + INSTANT),
+        (1, 12, NOON - DAY),
+        (1, 13, NOON - 2 * DAY + INSTANT),
+        (1, 14, NOON - 2 * DAY),
+    ]
+    assert histories(purchases, [(1, NOON)]) == [[(10, 0), (11, 0), (12, 1), (13, 1), (14, 2)]]
+
+
+def test_an_age_is_at_most_what_16_bits_hold() -> None:
+    purchases = [(1, days, NOON - days * DAY) for days in (32766, 32767, 32768, 40000)]
+    found = histories(purchases, [(1, NOON)], window_days=50_000)
+    assert found == [[(32766, 32766), (32767, 32767), (32768, 32767), (40000, 32767)]]
 
 
 def test_cap_keeps_the_most_recent() -> None:
     purchases = [(1, product, NOON - product * DAY) for product in range(1, 8)]
-    assert histories(purchases, [(1, NOON)], cap=3) == [[1, 2, 3]]
+    assert histories(purchases, [(1, NOON)], cap=3) == [[(1, 1), (2, 2), (3, 3)]]
 
 
 def test_window_length() -> None:
     purchases = [(1, 5, NOON - 7 * DAY), (1, 6, NOON - 8 * DAY)]
-    assert histories(purchases, [(1, NOON)], window_days=7) == [[5]]
+    assert products(histories(purchases, [(1, NOON)], window_days=7)) == [[5]]
 
 
 def test_each_request_has_its_own_history() -> None:
     purchases = [(1, 5, NOON - DAY), (2, 6, NOON - DAY)]
     asked = [(2, NOON), (1, NOON), (3, NOON), (1, NOON), (1, NOON - DAY)]
-    assert histories(purchases, asked) == [[6], [5], [], [5], []]
+    assert histories(purchases, asked) == [[(6, 1)], [(5, 1)], [], [(5, 1)], []]
 
 
 def test_no_requests_and_no_purchases() -> None:
@@ -144,10 +172,10 @@ def test_nothing_at_or_after_the_request_nothing_too_old_newest_first(
 ) -> None:
     # Each purchase gets its own product id, which leads back to its user and time.
     purchases = [(user, row, time) for row, (user, _, time) in enumerate(purchases)]
-    for (user, time), products in zip(
-        requests, histories(purchases, requests, window_days), strict=True
+    for (user, time), found in zip(
+        requests, products(histories(purchases, requests, window_days)), strict=True
     ):
-        bought = [purchases[product] for product in products]
+        bought = [purchases[product] for product in found]
         assert all(buyer == user for buyer, _, _ in bought)
         assert all(time - window_days * DAY <= at < time for _, _, at in bought)
         assert [at for _, _, at in bought] == sorted((at for _, _, at in bought), reverse=True)

@@ -72,6 +72,7 @@ def test_records_of_two_requests(two_requests: Path, tmp_path: Path) -> None:
             "requested_at": MONDAY,
             "query": "milk",
             "purchase_history": [3],
+            "purchase_age_days": [1],
             "store": 4,
             "product_id": [1, 2, 3],
             "clicked": [False, True, False],
@@ -84,6 +85,7 @@ def test_records_of_two_requests(two_requests: Path, tmp_path: Path) -> None:
             "requested_at": MONDAY + 8 * DAY,
             "query": "tea",
             "purchase_history": [2, 3],
+            "purchase_age_days": [8, 9],
             "store": 5,
             "product_id": [1, 9],
             "clicked": [False, True],
@@ -93,7 +95,9 @@ def test_records_of_two_requests(two_requests: Path, tmp_path: Path) -> None:
     ]
     assert records.schema.field("store").type == pa.int64()
     assert records.schema.field("price").type == pa.list_(pa.float32())
+    assert records.schema.field("purchase_age_days").type == pa.list_(pa.int16())
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == {
+        "format": 2,
         "dataset": "two",
         "fingerprint": manifest.fingerprint,
         "window_days": 84,
@@ -287,6 +291,47 @@ def test_a_complete_build_is_left_as_it_is_and_other_options_replace_it(
     assert build_requests(tiny_dataset, output) == first
     first.path(6).unlink()
     assert build_requests(tiny_dataset, output).path(6).is_file()
+
+
+def test_records_of_another_format_are_not_read_and_are_built_anew(
+    tiny_dataset: Path, tiny_requests: Path, tmp_path: Path
+) -> None:
+    """A folder as it was written before ages were recorded: no format, no ages."""
+    output = shutil.copytree(tiny_requests, tmp_path / "out")
+    manifest = json.loads((output / "manifest.json").read_text())
+    del manifest["format"]
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    for path in output.glob("week-*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["purchase_age_days"]), path)
+
+    with pytest.raises(BadInputError) as caught:
+        RequestsManifest.load(output)
+    assert str(caught.value) == (
+        f"{output / 'manifest.json'}: the request records have format 1, expected 2; build them "
+        "again with build-features"
+    )
+    assert build_requests(tiny_dataset, output).format == 2
+    for path in tiny_requests.iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_unfinished_weeks_of_another_format_are_not_kept(
+    tiny_dataset: Path, tiny_requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(requests_module, "FORMAT", 1)
+        with pytest.raises(KeyboardInterrupt):
+            build_requests(tiny_dataset, output, progress=stop)
+    for path in output.glob("week-*.parquet"):
+        path.write_bytes(b"")
+    build_requests(tiny_dataset, output)
+    for path in tiny_requests.iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes()
 
 
 def test_changed_labels_replace_the_records(two_requests: Path, tmp_path: Path) -> None:

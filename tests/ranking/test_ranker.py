@@ -270,6 +270,7 @@ def test_requests_in_another_order_get_the_same_scores(shape):
             "lengths": ones,
             "query": ones,
             "history": HISTORIES,
+            "history_age": HISTORIES,
             "history_lengths": ones,
             "request_sparse": ones,
             "request_dense": ones,
