@@ -12,13 +12,16 @@ Example::
     evaluate = 44
     train = 30                        # weeks before the evaluated one
 
+    [features]
+    from_history = ["type_repeats"]   # dense features that count what the purchase history holds
+
     [features.sparse]                 # int64 or string columns of impressions.parquet
     request = ["store"]
     candidate = ["brand"]
 
     [features.dense]                  # numeric columns
     request = ["household_spend"]
-    candidate = ["price"]
+    candidate = ["price", "type_repeats"]
 
 A dataset of products and graded queries, without impressions, has neither weeks nor features.
 """
@@ -26,8 +29,8 @@ A dataset of products and graded queries, without impressions, has neither weeks
 import datetime as dt
 import difflib
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,15 +40,24 @@ Kind = Literal["sparse", "dense"]
 Level = Literal["request", "candidate"]
 KINDS: tuple[Kind, ...] = ("sparse", "dense")
 LEVELS: tuple[Level, ...] = ("request", "candidate")
+_FROM_HISTORY = "from_history"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
-    """One feature column of ``impressions.parquet``."""
+    """One feature column of ``impressions.parquet``.
+
+    Attributes:
+        name: of the column.
+        kind: ``sparse`` for ids, ``dense`` for numbers.
+        level: whether it belongs to the request or to each of its candidates.
+        from_history: a hand-made counter of what the purchase history holds; dense features only.
+    """
 
     name: str
     kind: Kind
     level: Level
+    from_history: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +91,15 @@ class DatasetSchema:
         """Return the names of the features of one kind and level, in declared order."""
         return tuple(f.name for f in self.features if f.kind == kind and f.level == level)
 
+    def leaving_out(self, names: Collection[str]) -> "DatasetSchema":
+        """Return the schema without some of its features.
+
+        Raises:
+            BadInputError: there is no feature of such a name.
+        """
+        reject_unknown(self.name, names, [f.name for f in self.features], what="feature")
+        return replace(self, features=tuple(f for f in self.features if f.name not in names))
+
     @classmethod
     def load(cls, folder: Path) -> "DatasetSchema":
         """Read ``folder/dataset.toml``.
@@ -104,27 +125,34 @@ class DatasetSchema:
         if self.weeks is not None:
             lines += ["", "[weeks]", f"first_day = {self.weeks.first_day.isoformat()}"]
             lines += [f"evaluate = {self.weeks.evaluate}", f"train = {self.weeks.train}"]
+        counters = [f.name for f in self.features if f.from_history]
+        if counters:
+            lines += ["", "[features]", f"from_history = {_list(counters)}"]
         for kind in KINDS:
             lines += ["", f"[features.{kind}]"]
-            for level in LEVELS:
-                names = ", ".join(_quote(name) for name in self.names(kind, level))
-                lines.append(f"{level} = [{names}]")
+            lines += [f"{level} = {_list(self.names(kind, level))}" for level in LEVELS]
         return "\n".join(lines) + "\n"
 
 
-def reject_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+def reject_unknown(
+    where: str, given: Iterable[str], known: Iterable[str], *, what: str = "key"
+) -> None:
     """Raise `BadInputError` for the first of ``given`` that is not ``known``, with a suggestion."""
     known = list(known)
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
-            raise BadInputError(f"{where}: unknown key '{key}'{hint}")
+            raise BadInputError(f"{where}: unknown {what} '{key}'{hint}")
 
 
 def _quote(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
+
+
+def _list(names: Iterable[str]) -> str:
+    return f"[{', '.join(map(_quote, names))}]"
 
 
 def parse_schema(path: str, content: dict[str, Any]) -> DatasetSchema:
@@ -158,21 +186,27 @@ def _parse_weeks(path: str, content: Any) -> Weeks | None:
 
 
 def _parse_features(path: str, content: dict[str, Any]) -> tuple[Feature, ...]:
-    reject_unknown(f"{path} [features]", content, KINDS)
+    reject_unknown(f"{path} [features]", content, [_FROM_HISTORY, *KINDS])
     features: list[Feature] = []
     for kind in KINDS:
         levels = content.get(kind, {})
         reject_unknown(f"{path} [features.{kind}]", levels, LEVELS)
         for level in LEVELS:
-            names = levels.get(level, [])
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise BadInputError(
-                    f"{path} [features.{kind}]: '{level}' must be a list of names, got {names!r}"
-                )
+            names = _names(f"{path} [features.{kind}]", levels, level)
             features += [Feature(name=name, kind=kind, level=level) for name in names]
     seen: set[str] = set()
     for feature in features:
         if feature.name in seen:
             raise BadInputError(f"{path}: feature '{feature.name}' is declared twice")
         seen.add(feature.name)
-    return tuple(features)
+    counters = _names(f"{path} [features]", content, _FROM_HISTORY)
+    dense = [f.name for f in features if f.kind == "dense"]
+    reject_unknown(f"{path} [features] {_FROM_HISTORY}", counters, dense, what="dense feature")
+    return tuple(replace(f, from_history=f.name in counters) for f in features)
+
+
+def _names(where: str, content: dict[str, Any], key: str) -> list[str]:
+    names = content.get(key, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInputError(f"{where}: '{key}' must be a list of names, got {names!r}")
+    return names

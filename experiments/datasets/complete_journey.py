@@ -103,8 +103,11 @@ _FEATURES: dict[tuple[Kind, Level], tuple[str, ...]] = {
         "product_purchases",
         "product_clicks",
         "title_match",
+        "product_repeats",
+        "type_repeats",
     ),
 }
+_FROM_HISTORY = ("product_repeats", "type_repeats")
 
 SCHEMA = DatasetSchema(
     name="complete-journey",
@@ -113,7 +116,7 @@ SCHEMA = DatasetSchema(
     caveat=CAVEAT,
     weeks=Weeks(first_day=FIRST_DAY, evaluate=44, train=30),
     features=tuple(
-        Feature(name=name, kind=kind, level=level)
+        Feature(name=name, kind=kind, level=level, from_history=name in _FROM_HISTORY)
         for (kind, level), names in _FEATURES.items()
         for name in names
     ),
@@ -336,6 +339,7 @@ def _week(connection: "duckdb.DuckDBPyConnection", week: int, first: int) -> pa.
     """Return the impressions of ``week``; its requests are numbered from ``first + 1``."""
     window = {"week": week, "window": sql.WINDOW_WEEKS}
     connection.execute(sql.REQUESTS, {**window, "first": first})
+    connection.execute(sql.REPEATS, {"week": week})
     connection.execute(sql.OFFERED, {"candidates": sql.CANDIDATES})
     return connection.sql(sql.IMPRESSIONS, params=window).to_arrow_table()
 

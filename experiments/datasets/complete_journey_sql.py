@@ -8,12 +8,14 @@ Tables of the whole build: ``queries`` and ``texts`` (made in Python), ``items``
 category and query), ``lines`` (transactions in local time), ``baskets`` (with what the household
 did before), ``promotions``, ``matches`` (words that a query shares with a title).
 Tables of one week: ``promoted`` (products on display or in the mailer of a store), ``asked``
-(basket, query, category), ``requests``, ``offered`` (request, candidate).
+(basket, query, category), ``requests``, ``repeats`` (what a household bought before), ``offered``
+(request, candidate).
 """
 
 CANDIDATES = 24
 WINDOW_WEEKS = 8
 HOUSEHOLD_DAYS = 84
+HOUSEHOLD_WEEKS = HOUSEHOLD_DAYS // 7
 
 # Eastern time by rule, because DuckDB's time-zone tables are an extension that has to be fetched:
 # daylight saving time ran from 2017-03-12 07:00 to 2017-11-05 06:00 UTC, and the data is of 2017.
@@ -38,7 +40,7 @@ SELECT t.household_id AS user_id, t.store_id, t.basket_id, t.product_id,
        {_LOCAL_TIME} AS paid_at, t.week::INTEGER AS week, t.quantity,
        round(t.sales_value * 100)::BIGINT AS cents,
        round((t.retail_disc + t.coupon_disc + t.coupon_match_disc) * 100)::BIGINT AS discount_cents,
-       i.query_id, i.category
+       i.query_id, i.category, i.type
 FROM transactions t LEFT JOIN items i USING (product_id)
 ORDER BY week, basket_id, product_id
 """
@@ -125,6 +127,19 @@ FROM wanted w JOIN queries q USING (query_id) JOIN baskets b USING (basket_id)
 LEFT JOIN counted c USING (query_id)
 """
 
+# What the household bought before each moment of the week, by the rule of the purchase history. The
+# bound on the week says nothing new: lines stand in the order of weeks, so most are skipped by it.
+REPEATS = f"""
+CREATE OR REPLACE TEMP TABLE repeats AS
+WITH moments AS (SELECT DISTINCT user_id, paid_at FROM requests)
+SELECT m.user_id, m.paid_at, l.product_id, any_value(l.type) AS type, count(*) AS lines
+FROM moments m JOIN lines l
+    ON l.user_id = m.user_id AND l.paid_at < m.paid_at
+    AND l.paid_at >= m.paid_at - INTERVAL {HOUSEHOLD_DAYS} DAYS
+WHERE l.week BETWEEN $week - {HOUSEHOLD_WEEKS} AND $week
+GROUP BY m.user_id, m.paid_at, l.product_id
+"""
+
 # The choice never looks at what was bought: an MD5 of the three names, the same in any engine.
 OFFERED = """
 CREATE OR REPLACE TEMP TABLE offered AS
@@ -149,6 +164,9 @@ WITH bought AS (
            (sum(price_sum) / nullif(sum(priced), 0) / 1e9)::FLOAT AS price,
            (sum(share_sum) / nullif(sum(shared), 0) / 1e9)::FLOAT AS discount
     FROM product_weeks WHERE week BETWEEN $week - $window AND $week - 1 GROUP BY product_id
+), repeated_types AS (
+    SELECT user_id, paid_at, type, sum(lines) AS lines
+    FROM repeats GROUP BY user_id, paid_at, type
 )
 SELECT r.request_id, r.user_id, r.query, o.product_id, r.paid_at AS requested_at,
        (b.product_id IS NOT NULL) AS clicked,
@@ -162,7 +180,9 @@ SELECT r.request_id, r.user_id, r.query, o.product_id, r.paid_at AS requested_at
        c.price, c.discount,
        coalesce(c.purchases, 0)::INTEGER AS product_purchases,
        coalesce(c.clicks, 0)::INTEGER AS product_clicks,
-       m.title_match
+       m.title_match,
+       coalesce(s.lines, 0)::INTEGER AS product_repeats,
+       coalesce(t.lines, 0)::INTEGER AS type_repeats
 FROM offered o
 JOIN requests r USING (request_id)
 JOIN items i USING (product_id)
@@ -170,6 +190,10 @@ JOIN promoted p ON p.store_id = r.store_id AND p.product_id = o.product_id
 JOIN matches m ON m.query_id = r.query_id AND m.product_id = o.product_id
 LEFT JOIN counted c ON c.product_id = o.product_id
 LEFT JOIN bought b ON b.basket_id = r.basket_id AND b.product_id = o.product_id
+LEFT JOIN repeats s
+    ON s.user_id = r.user_id AND s.paid_at = r.paid_at AND s.product_id = o.product_id
+LEFT JOIN repeated_types t
+    ON t.user_id = r.user_id AND t.paid_at = r.paid_at AND t.type = i.type
 ORDER BY r.request_id, o.product_id
 """
 

@@ -187,6 +187,47 @@ def test_candidate_features_count_what_came_before(dataset: Path) -> None:
     assert (first["product"], first["manufacturer"], first["type"]) == (1, 69, "POTATO CHIPS")
 
 
+def test_repeats_count_what_the_household_bought_in_84_days_before(dataset: Path) -> None:
+    def repeats(when: dt.datetime) -> list[tuple[int, int, int]]:
+        keys = ("product_id", "product_repeats", "type_repeats")
+        return [tuple(row[key] for key in keys) for row in requests(dataset, when)]
+
+    # Basket 90 alone: 60 and 59 hold yogurt, the others are of household 2 or come later. Product 2
+    # is of the same type, product 3 of the same category only.
+    assert repeats(NOW) == [(1, 1, 1), (2, 0, 1), (3, 0, 0)]
+    assert repeats(NOW + dt.timedelta(days=1)) == [(1, 2, 2), (2, 0, 2), (3, 0, 0)]
+    # Household 2 bought potato chips only.
+    assert repeats(NOW + dt.timedelta(days=7)) == [(3, 0, 0)]
+
+
+def test_repeats_within_the_window_of_84_days_to_the_second(tmp_path: Path) -> None:
+    """Products 1 and 2 share a type; 3 and 4 have none, which is no type to share."""
+    second, window = dt.timedelta(seconds=1), dt.timedelta(days=84)
+    untyped = (product(number, "BAG SNACKS", None) for number in (3, 4))
+    source = write_source(
+        tmp_path / "source",
+        [
+            *(line(100, NOW, number) for number in (1, 2, 3)),
+            line(101, NOW, 1),  # another basket of the same instant
+            line(90, NOW - second, 1),
+            line(91, NOW - second, 3),
+            line(80, NOW - window, 1),
+            line(80, NOW - window, 2),
+            line(81, NOW - window - second, 1),
+            line(70, NOW - second, 1, household=2),
+        ],
+        [product(1, *CHIPS), product(2, *CHIPS), *untyped],
+        [(number, 7, "1", "0", 14) for number in range(1, 5)],
+    )
+    rows = requests(built(source, tmp_path / "dataset"), NOW)
+    assert {(row["product_id"], row["product_repeats"], row["type_repeats"]) for row in rows} == {
+        (1, 2, 3),
+        (2, 1, 3),
+        (3, 1, 0),
+        (4, 0, 0),
+    }
+
+
 def test_the_week_itself_is_not_counted(dataset: Path) -> None:
     later = requests(dataset, NOW + dt.timedelta(days=1))[0]
     assert later["product_purchases"] == requests(dataset, NOW)[0]["product_purchases"]
@@ -239,6 +280,8 @@ def test_schema_declares_every_feature_column(dataset: Path) -> None:
     columns = set(pq.read_schema(dataset / "impressions.parquet").names)
     contract = {"request_id", "user_id", "query", "product_id", "requested_at", "clicked"}
     assert columns == contract | declared
+    counters = {feature.name for feature in schema.features if feature.from_history}
+    assert counters == {"product_repeats", "type_repeats"}
     assert schema.weeks is not None
     assert schema.weeks.start(44) == dt.datetime(2017, 10, 23)
     assert "Simulated data" in schema.caveat
@@ -327,6 +370,32 @@ def test_the_future_changes_nothing(tmp_path: Path, seed: int) -> None:
     assert whole.filter(before).equals(short)
     assert whole.filter(before).equals(changed.filter(before))
     assert short.num_rows > 200
+
+
+def test_repeats_equal_a_count_of_the_purchases(tmp_path: Path) -> None:
+    lines, products, promotions = random_source(4)
+    products[5] = product(5, "CATEGORY 2", None)
+    kinds = {row[0]: row[5] for row in products}
+    dataset = built(
+        write_source(tmp_path / "source", lines, products, promotions), tmp_path / "out"
+    )
+    purchases = pq.read_table(dataset / "purchases.parquet").to_pylist()
+    window = dt.timedelta(days=84)
+    counted = []
+    for row in pq.read_table(dataset / "impressions.parquet").to_pylist():
+        now = row["requested_at"]
+        before = [
+            bought["product_id"]
+            for bought in purchases
+            if bought["user_id"] == row["user_id"] and now - window <= bought["purchased_at"] < now
+        ]
+        kind = kinds[row["product_id"]]
+        same = sum(kinds[bought] == kind for bought in before) if kind else 0
+        assert row["product_repeats"] == before.count(row["product_id"])
+        assert row["type_repeats"] == same
+        counted.append(same)
+    assert len(counted) > 200
+    assert len(set(counted)) > 5
 
 
 def test_it_builds_the_same_twice(tmp_path: Path) -> None:
