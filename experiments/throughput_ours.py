@@ -75,8 +75,8 @@ def main() -> None:
     if config.model.embedding_tower:
         tables = PretrainedTables.read(options.records.parent / "tables").content
     ranker = Ranker(config.model, *data.fit_transforms(config), tables)
-    files, rows = data.files(data.train), data.rows(data.train)
-    trainer = Trainer(ranker, schema, files, rows, config.training)
+    rows = data.train_rows()
+    trainer = Trainer(ranker, schema, data.train_files(), rows, config.training)
     ticks: list[tuple[float, int]] = []
 
     def on_step(progress: Progress, loss: float) -> None:

@@ -51,6 +51,7 @@ class RequestBatch:
         candidate_sparse: [S, C] int64 ids.
         candidate_dense: [D, C] float32, NaN where missing.
         clicked: [C] float32 of 0 and 1; empty where unknown.
+        weight: [B] float32, what each request counts in training.
     """
 
     lengths: Tensor
@@ -64,6 +65,7 @@ class RequestBatch:
     candidate_sparse: Tensor
     candidate_dense: Tensor
     clicked: Tensor
+    weight: Tensor
 
     @classmethod
     def from_records(cls, records: pa.Table, schema: DatasetSchema) -> "RequestBatch":
@@ -94,7 +96,15 @@ class RequestBatch:
             candidate_sparse=_tensor(candidate[0]),
             candidate_dense=_tensor(candidate[1]),
             clicked=_tensor(clicked),
+            weight=_weight(records),
         )
+
+
+def _weight(records: pa.Table) -> Tensor:
+    """Return what each request counts in training: 1 where the records do not say."""
+    if columns.WEIGHT not in records.column_names:
+        return torch.ones(len(records))
+    return _tensor(dense_values(records[columns.WEIGHT]))
 
 
 def _history(records: pa.Table) -> tuple[pa.ChunkedArray, np.ndarray]:

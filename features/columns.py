@@ -23,6 +23,7 @@ CLICKED = "clicked"
 # request records, besides the above
 PURCHASE_HISTORY = "purchase_history"
 PURCHASE_AGE_DAYS = "purchase_age_days"
+WEIGHT = "weight"
 
 # embedding tables
 ID = "id"

@@ -170,7 +170,7 @@ class _Build:
         with (
             self.connection.cursor() as cursor,
             atomic_file(week_path(self.output, week)) as scratch,
-            _writer(scratch, schema) as writer,
+            record_writer(scratch, schema) as writer,
         ):
             for first, last in pairwise(times):
                 pending = pa.concat_tables([pending, self._records(cursor, first, last)])
@@ -238,7 +238,8 @@ def _record_schema(dataset: Dataset) -> pa.Schema:
     )
 
 
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+def record_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Return a writer of request records."""
     # Dictionaries pay for text only: encoding ids and floats with them takes longer and saves
     # little before zstd.
     text = [

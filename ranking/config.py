@@ -22,6 +22,10 @@ class ModelConfig:
         embedding_tower: with it the two-tower model of the paper's Figure 3, without it the DCN
             baseline.
         purchase_history: whether the embedding tower reads the purchase history.
+        history_counts: whether the DCN tower reads how often what is like the candidate was bought
+            (`ranking.history`); needs the purchase history and frozen tables.
+        count_sharpness: what counts as alike, the greater the closer, for `history_counts`.
+        count_windows: days before the request to count in, for `history_counts`.
         tables: how the product and query tables take part: ``frozen``, ``fine-tuned`` from the
             pretrained values, or ``random`` values trained along.
         embedding_dim: dimension of each sparse feature's embedding, a multiple of 4.
@@ -35,6 +39,9 @@ class ModelConfig:
 
     embedding_tower: bool = True
     purchase_history: bool = True
+    history_counts: bool = False
+    count_sharpness: tuple[float, ...] = (4.0, 16.0, 64.0)
+    count_windows: tuple[int, ...] = (7, 28, 84)
     tables: TableMode = "frozen"
     embedding_dim: int = 16
     cross_layers: int = 2
@@ -53,6 +60,21 @@ class ModelConfig:
         for name in ("deep", "tower_deep"):
             if not getattr(self, name):
                 raise BadInputError(f"'{name}' must name one layer or more, got none")
+        if self.counts_history:
+            if self.tables != "frozen" or not self.purchase_history:
+                raise BadInputError(
+                    "'history_counts' needs 'purchase_history' and frozen tables, got "
+                    f"purchase_history = {str(self.purchase_history).lower()} and "
+                    f"{self.tables} tables"
+                )
+            for name in ("count_sharpness", "count_windows"):
+                if not all(value > 0 for value in getattr(self, name) or (0,)):
+                    raise BadInputError(f"'{name}' must name one or more numbers above 0")
+
+    @property
+    def counts_history(self) -> bool:
+        """Whether the model counts in the history; without the embedding tower it has no tables."""
+        return self.history_counts and self.embedding_tower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +96,8 @@ class TrainingConfig:
             loss after each epoch, stop at the first that is no better, keep the best epoch's model.
         evaluate_week: the week to report; 0 for the dataset's own.
         train_weeks: weeks before it to train on; 0 for the dataset's own.
+        keep_unclicked: share of the requests without a click that are trained on, each counting
+            for those left out; see `features.sampling`.
         seed: of the initial weights and of the order.
         threads: cores to train on.
         checkpoint_seconds: time between two checkpoints.
@@ -91,6 +115,7 @@ class TrainingConfig:
     validation_week: bool = False
     evaluate_week: int = 0
     train_weeks: int = 0
+    keep_unclicked: float = 1.0
     seed: int = 0
     threads: int = 2
     checkpoint_seconds: float = 20.0
@@ -109,10 +134,12 @@ class TransformConfig:
         min_count: a sparse value seen in fewer training records becomes the unknown row 0, which
             is thereby trained too.
         bins: quantile bins of each dense feature, embedded beside its scaled value; 0 for none.
+        leave_out: features of the dataset that the model does not read.
     """
 
     min_count: int = 5
     bins: int = 40
+    leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_least(self, _LEAST)

@@ -30,9 +30,11 @@ class EncodedBatch:
         candidate_offsets: [B + 1] int64, where each request's candidates begin.
         query: [B] int64 rows of the query table.
         history: [H] int64 rows of the product table.
+        history_age: [H] float32, days between each purchase and the request.
         history_offsets: [B + 1] int64.
         product: [C] int64 rows of the product table.
         clicked: [C] float32; empty where unknown.
+        weight: [B] float32, what each request counts in the loss.
     """
 
     request_rows: Tensor
@@ -42,14 +44,20 @@ class EncodedBatch:
     candidate_offsets: Tensor
     query: Tensor
     history: Tensor
+    history_age: Tensor
     history_offsets: Tensor
     product: Tensor
     clicked: Tensor
+    weight: Tensor
 
     @property
     def rows(self) -> int:
         """C."""
         return self.candidate_dense.shape[0]
+
+    def total_weight(self) -> float:
+        """Return what all candidates together count in the loss."""
+        return float(self.weight @ self.candidate_offsets.diff().float())
 
     def request_of_candidate(self) -> Tensor:
         """Return [C] int64: the request that each candidate belongs to."""
@@ -83,9 +91,11 @@ class EncodedBatch:
             candidate_offsets=offsets(lengths.index_select(0, order)),
             query=self.query.index_select(0, order),
             history=_permute(turn, history_lengths, self.history),
+            history_age=_permute(turn, history_lengths, self.history_age),
             history_offsets=offsets(history_lengths.index_select(0, order)),
             product=self.product.index_select(0, positions) if len(self.product) else self.product,
             clicked=self.clicked.index_select(0, positions) if len(self.clicked) else self.clicked,
+            weight=self.weight.index_select(0, order),
         )
 
     def candidates(self, first: int, last: int) -> slice:
@@ -104,9 +114,11 @@ class EncodedBatch:
             candidate_offsets=self.candidate_offsets[first : last + 1] - candidates.start,
             query=self.query[first:last],
             history=self.history[items],
+            history_age=self.history_age[items],
             history_offsets=self.history_offsets[first : last + 1] - items.start,
             product=self.product[candidates],
             clicked=self.clicked[candidates],
+            weight=self.weight[first:last],
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ranking.encoded import EncodedBatch
 from ranking.ranker import Ranker
 
-_CANDIDATE_INPUTS = ("candidate", "product")
+_CANDIDATE_INPUTS = ("candidate", "product", "history_counts")
 _ROWS, _REQUESTS = 128, 16  # padded to multiples of these
 _SHARE_ROWS = 4096  # fewer rows pay more for each operation, more fall out of the caches
 
@@ -81,8 +81,11 @@ class ParallelStep:
         request_c = F.pad(request_c, (0, -part.rows % _ROWS), value=len(leaves["request"]) - 1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
             logits = self._ranker.dense(leaves | frozen, request_c)[: part.rows]
-        losses = F.binary_cross_entropy_with_logits(logits.float(), part.clicked, reduction="sum")
-        loss = losses / max(batch.rows, 1)
+        weight_c = part.weight.index_select(0, request_c[: part.rows])
+        losses = F.binary_cross_entropy_with_logits(
+            logits.float(), part.clicked, weight_c, reduction="sum"
+        )
+        loss = losses / max(batch.total_weight(), 1e-9)
         found = torch.autograd.grad(loss, [*self._parameters, *leaves.values()])
         count = len(self._parameters)
         inputs = {

@@ -133,6 +133,9 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         bag = self.embedding_bags[table.name]
         del bag.weight
         bag.register_buffer("weight", torch.from_numpy(weight))
+        norm = torch.from_numpy(np.linalg.norm(weight.astype(np.float32), axis=1))
+        inverse = torch.where(norm > 0, 1 / norm.clamp(min=1e-12), 0)
+        bag.register_buffer("inverse_norm", inverse, persistent=False)
 
     def _train(self, table: EmbeddingBagConfig, content: PretrainedTable, rate: float) -> None:
         if table.embedding_dim % 4:
@@ -164,6 +167,19 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
     def rows(self, feature: str, ids: Tensor) -> Tensor:
         """Return the rows (int64) of raw ``ids`` (int64, any shape) for one feature."""
         return self.id_maps[self._table_of[feature]](ids)
+
+    def unit_vectors(self, feature: str, rows: Tensor) -> Tensor:
+        """Return embeddings of length 1, float32 [*, D], of rows of a frozen table.
+
+        Args:
+            feature: a feature of one of the tables.
+            rows: [*] int64; row 0, and whatever embedding is zero, stays the zero vector.
+        """
+        bag = self.embedding_bags[self._table_of[feature]]
+        flat = rows.reshape(-1)
+        vectors = bag.get_buffer("weight").index_select(0, flat).float()
+        vectors *= bag.get_buffer("inverse_norm").index_select(0, flat)[:, None]
+        return vectors.view(*rows.shape, -1)
 
     def pool(self, feature: str, rows: Tensor, offsets: Tensor) -> Tensor:
         """Return the pooled embeddings of bags of rows.

@@ -16,6 +16,7 @@ from features.batch import RequestBatch
 from features.transforms import LevelTransforms
 from ranking.config import ModelConfig
 from ranking.encoded import EncodedBatch, offsets
+from ranking.history import HistoryCounts
 from ranking.pretrained_embeddings import (
     DataType,
     EmbeddingBagConfig,
@@ -66,6 +67,10 @@ class Ranker(nn.Module):
         )
         inputs = (len(request.tables) + len(candidate.tables)) * config.embedding_dim
         inputs += len(request.dense) + len(candidate.dense)
+        self.history_counts: HistoryCounts | None = None
+        if config.counts_history:
+            self.history_counts = HistoryCounts(config.count_sharpness, config.count_windows)
+            inputs += self.history_counts.width
         self.dcn_tower = CrossTower(inputs, config.cross_layers, config.cross_rank, config.deep)
         width = self.dcn_tower.width
         self.pretrained: PretrainedEmbeddingBagCollection | None = None
@@ -108,11 +113,13 @@ class Ranker(nn.Module):
             candidate_offsets=offsets(batch.lengths),
             query=self._rows("query", batch.query) if reads else torch.zeros_like(batch.query),
             history=self._rows(columns.PURCHASE_HISTORY, batch.history) if history else nothing,
+            history_age=batch.history_age.float() if history else torch.zeros(0),
             history_offsets=offsets(
                 batch.history_lengths if history else torch.zeros_like(batch.history_lengths)
             ),
             product=self._rows("product", batch.product) if reads else nothing,
             clicked=batch.clicked,
+            weight=batch.weight,
         )
 
     def _rows(self, feature: str, ids: Tensor) -> Tensor:
@@ -143,7 +150,10 @@ class Ranker(nn.Module):
         return self._pretrained(batch) if self.config.tables == "frozen" else {}
 
     def _pretrained(self, batch: EncodedBatch) -> dict[str, Tensor]:
-        """Return ``product`` [C, E], ``query`` [B, E] and, where used, ``history`` [B, E]."""
+        """Return ``product`` [C, E], ``query`` [B, E] and, where used, those of the history.
+
+        These are its mean ``history`` [B, E] and ``history_counts`` [C, K].
+        """
         if self.pretrained is None:
             return {}
         products = torch.arange(len(batch.product) + 1)
@@ -156,6 +166,8 @@ class Ranker(nn.Module):
             found["history"] = self.pretrained.pool(
                 columns.PURCHASE_HISTORY, batch.history, batch.history_offsets
             )
+        if self.history_counts is not None:
+            found["history_counts"] = self.history_counts(self.pretrained, batch)
         return found
 
     def dense(self, inputs: dict[str, Tensor], request_c: Tensor) -> Tensor:
@@ -165,7 +177,10 @@ class Ranker(nn.Module):
             inputs: of `trained_lookups` and `frozen_lookups`.
             request_c: [C] int64, the request that each candidate belongs to, ascending.
         """
-        parts = self.dcn_tower(SplitInput(inputs["candidate"], inputs["request"], request_c))
+        candidate = inputs["candidate"]
+        if self.history_counts is not None:
+            candidate = torch.cat([candidate, inputs["history_counts"]], dim=1)
+        parts = self.dcn_tower(SplitInput(candidate, inputs["request"], request_c))
         if self.embedding_tower is not None:
             context = {name: inputs[name] for name in self.embedding_tower.context}
             parts += self.embedding_tower(inputs["product"], context, request_c)
@@ -191,6 +206,14 @@ class Ranker(nn.Module):
         """Return the parameters of the dense layers; tables update themselves."""
         parts = [self.dcn_tower, self.embedding_tower, self.joint, self.head]
         return [p for part in parts if part is not None for p in part.parameters()]
+
+    def number_of_parameters(self) -> int:
+        """Return how many numbers training changes: dense layers and trainable tables."""
+        return sum(tensor.numel() for tensor in self.trained_state().values())
+
+    def number_of_bytes(self) -> int:
+        """Return the size of all tensors that scoring reads, frozen tables and id maps included."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def table_optimizers(self) -> list[tuple[str, Any]]:
         """Return torchrec's fused optimisers of the trainable tables, by module name."""

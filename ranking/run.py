@@ -31,6 +31,7 @@ from features.files import write_text
 from features.hardware import fast_precision
 from features.monitor import Monitor
 from features.requests import RequestsManifest, build_requests
+from features.sampling import sample_requests
 from features.schema import LEVELS, DatasetSchema, Level
 from features.transforms import LevelTransforms, fit
 from ranking.bundle import Bundle, PretrainedTables
@@ -51,8 +52,9 @@ class TrainingData:
     """Request records, and which of their weeks serve what.
 
     Attributes:
-        schema: of the dataset.
+        schema: of the features that the model reads.
         manifest: of the request records.
+        sample: of those that are trained on; the same where none is left out.
         train: weeks to train on.
         validation: the week to watch, or None.
         evaluate: the week to report.
@@ -60,6 +62,7 @@ class TrainingData:
 
     schema: DatasetSchema
     manifest: RequestsManifest
+    sample: RequestsManifest
     train: tuple[int, ...]
     validation: int | None
     evaluate: int
@@ -93,21 +96,31 @@ class TrainingData:
                     f"{manifest.folder}: the {what} weeks {_span(weeks)} have {rows} impressions "
                     f"and {clicks} clicks; both clicks and non-clicks are needed"
                 )
+        sample = manifest
+        if config.training.keep_unclicked < 1:
+            keep = config.training.keep_unclicked
+            folder = manifest.folder.with_name(f"{manifest.folder.name}-keep-{keep:g}")
+            sample = sample_requests(manifest, folder, keep=keep, weeks=train)
         return cls(
             schema=schema,
             manifest=manifest,
+            sample=sample,
             train=tuple(train),
             validation=validation,
             evaluate=evaluate,
         )
 
-    def files(self, weeks: Sequence[int]) -> RecordFiles:
-        """Return the record files of some weeks."""
-        return RecordFiles.open([self.manifest.path(week) for week in weeks])
+    def files(self, week: int) -> RecordFiles:
+        """Return the record files of all requests of a week."""
+        return RecordFiles.open([self.manifest.path(week)])
 
-    def rows(self, weeks: Sequence[int]) -> int:
-        """Return the number of candidates in some weeks."""
-        return sum(self.manifest.weeks[week].rows for week in weeks)
+    def train_files(self) -> RecordFiles:
+        """Return the record files to train on."""
+        return RecordFiles.open([self.sample.path(week) for week in self.train])
+
+    def train_rows(self) -> int:
+        """Return the number of candidates to train on."""
+        return sum(self.sample.weeks[week].rows for week in self.train)
 
     def fit_transforms(self, config: RankerConfig) -> tuple[LevelTransforms, LevelTransforms]:
         """Fit the transforms of requests and of candidates on the training weeks."""
@@ -126,7 +139,7 @@ class TrainingData:
     def _level_features(self, level: Level) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         others = {f.name for f in self.schema.features if f.level != level}
         leave_out = others | {columns.PURCHASE_HISTORY, columns.CLICKED}
-        for records in self.files(self.train).chunks(_FIT_GROUPS, leave_out=leave_out):
+        for records in self.train_files().chunks(_FIT_GROUPS, leave_out=leave_out):
             yield level_features(records, self.schema, level)
 
 
@@ -163,7 +176,8 @@ def train_ranker(
             history_cap=config.history.cap,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    config = _resolve(config, schema, manifest)
+    config = resolve(config, schema, manifest)
+    schema = schema.leaving_out(config.transforms.leave_out)
     split = TrainingData.plan(schema, manifest, config)
     pretrained = None
     if config.model.embedding_tower:
@@ -199,21 +213,12 @@ class _Run:
             metrics = json.loads(finished.read_text(encoding="utf-8"))
             self._show(metrics["slices"])
             return metrics
-        training = self.config.training
         say(f"fitting transforms on weeks {_span(self.data.train)}")
-        request, candidate = self.data.fit_transforms(self.config)
-        with seeded(training.seed):
-            ranker = Ranker(
-                self.config.model,
-                request,
-                candidate,
-                self.tables.content if self.tables else None,
-                sparse_learning_rate=training.sparse_learning_rate,
-                table_learning_rate=training.table_learning_rate,
-            )
+        transforms = self.data.fit_transforms(self.config)
+        ranker = new_ranker(self.config, transforms, self.tables)
         progress = self._train(ranker)
         say(f"evaluating week {self.data.evaluate}")
-        files = self.data.files([self.data.evaluate])
+        files = self.data.files(self.data.evaluate)
         predictions = predict(ranker, self.data.schema, files)
         return self._write(ranker, progress, predictions)
 
@@ -258,9 +263,9 @@ class _Run:
 
     def _train(self, ranker: Ranker) -> Progress:
         data, config = self.data, self.config.training
-        rows = data.rows(data.train)
-        validation = data.files([data.validation]) if data.validation is not None else None
-        trainer = Trainer(ranker, data.schema, data.files(data.train), rows, config, validation)
+        rows = data.train_rows()
+        validation = data.files(data.validation) if data.validation is not None else None
+        trainer = Trainer(ranker, data.schema, data.train_files(), rows, config, validation)
         board = self.output / "tensorboard"
         with closing(Monitor("training", rows * config.epochs, "rows", board)) as monitor:
 
@@ -327,12 +332,29 @@ class _Run:
         say(f"Report: {self.output / 'report.html'}")
 
 
+def new_ranker(
+    config: RankerConfig,
+    transforms: tuple[LevelTransforms, LevelTransforms],
+    tables: PretrainedTables | None,
+) -> Ranker:
+    """Return a ranker with the initial weights of the configuration's seed."""
+    training = config.training
+    with seeded(training.seed):
+        return Ranker(
+            config.model,
+            *transforms,
+            tables.content if tables else None,
+            sparse_learning_rate=training.sparse_learning_rate,
+            table_learning_rate=training.table_learning_rate,
+        )
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a figure depends on."""
     return {"python": platform.python_version()} | installed_versions(_PACKAGES)
 
 
-def _resolve(
+def resolve(
     config: RankerConfig, schema: DatasetSchema, manifest: RequestsManifest
 ) -> RankerConfig:
     """Fill in what the configuration leaves to the dataset and the machine."""

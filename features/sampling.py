@@ -1,0 +1,93 @@
+"""Fewer requests without a click, for training: each kept one counts for those left out.
+
+A request with a click is kept and counts 1. One without is kept with probability ``keep`` and
+counts ``1 / keep``, so that sums over the sample estimate those over all requests without bias.
+Only what is trained on is sampled; evaluation reads all requests.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features import columns
+from features.console import progress_bar
+from features.errors import BadInputError
+from features.files import atomic_file
+from features.manifest import MANIFEST, RequestsManifest, WeekCounts, week_path
+from features.requests import ROW_GROUP, record_writer
+
+
+def sample_requests(
+    manifest: RequestsManifest, output: Path, *, keep: float, weeks: Iterable[int]
+) -> RequestsManifest:
+    """Write samples of some weeks of request records, with a column ``weight``.
+
+    The same records and options give the same sample. Weeks that ``output`` holds already are not
+    made again; samples of other records or with another ``keep`` are replaced.
+
+    Args:
+        manifest: of all request records.
+        output: folder of the sample.
+        keep: probability with which a request without a click is kept, in (0, 1].
+        weeks: which ones to sample.
+
+    Raises:
+        BadInputError: ``keep`` is out of range, or a week is missing.
+    """
+    if not 0 < keep <= 1:
+        raise BadInputError(f"the share of unclicked requests must be in (0, 1], got {keep}")
+    key = f"{manifest.fingerprint}, {keep:g} of the requests without a click"
+    found: dict[int, WeekCounts] = {}
+    if (output / MANIFEST).exists():
+        made = RequestsManifest.load(output)
+        if made.fingerprint == key:
+            found = dict(made.weeks)
+        else:
+            (output / MANIFEST).unlink()
+    asked = sorted(set(weeks))
+    with progress_bar() as bar:
+        for week in bar.track(asked, description="sampling"):
+            if week not in found:
+                found[week] = _sample_week(manifest.path(week), week_path(output, week), keep, week)
+    sample = replace(manifest, folder=output, fingerprint=key, weeks=dict(sorted(found.items())))
+    sample.save()
+    return sample
+
+
+def _sample_week(source: Path, target: Path, keep: float, week: int) -> WeekCounts:
+    random = np.random.default_rng([week])
+    requests = rows = positives = 0
+    with pq.ParquetFile(source) as file, atomic_file(target) as scratch:
+        weight = pa.field(columns.WEIGHT, pa.float32(), nullable=False)
+        schema = file.schema_arrow.append(weight)
+        pending = schema.empty_table()
+        with record_writer(scratch, schema) as writer:
+            for group in range(file.num_row_groups):
+                kept = _sample(file.read_row_group(group), keep, random)
+                requests += len(kept)
+                clicked = kept[columns.CLICKED].combine_chunks().flatten()
+                rows += len(clicked)
+                positives += pc.sum(clicked).as_py() or 0
+                pending = pa.concat_tables([pending, kept.cast(schema)])
+                if len(pending) >= ROW_GROUP:
+                    writer.write_table(pending.slice(0, ROW_GROUP))
+                    pending = pending.slice(ROW_GROUP)
+            writer.write_table(pending)
+    return WeekCounts(requests=requests, rows=rows, positives=positives)
+
+
+def _sample(records: pa.Table, keep: float, random: np.random.Generator) -> pa.Table:
+    clicked = records[columns.CLICKED].combine_chunks()
+    clicks = np.add.reduceat(
+        np.append(clicked.flatten().to_numpy(zero_copy_only=False), False).astype(np.int64),
+        clicked.offsets.to_numpy()[:-1] - clicked.offsets[0].as_py(),
+    )
+    clicks = np.where(pc.list_value_length(clicked).to_numpy(zero_copy_only=False) > 0, clicks, 0)
+    chosen = (clicks > 0) | (random.random(len(records)) < keep)
+    weight = np.where(clicks > 0, 1.0, 1 / keep).astype(np.float32)[chosen]
+    return records.filter(pa.array(chosen)).append_column(columns.WEIGHT, pa.array(weight))
