@@ -86,6 +86,7 @@ class FlatTable:
         values: float32 ``[C, D]``, NaN where missing.
         clicked: bool ``[C]``.
         lengths: int32 ``[B]``, candidates of each request; they sum to ``C``.
+        weight: float32 ``[C]``, what each row counts in training.
     """
 
     sparse: tuple[str, ...]
@@ -94,6 +95,7 @@ class FlatTable:
     values: npt.NDArray[np.float32]
     clicked: npt.NDArray[np.bool_]
     lengths: npt.NDArray[np.int32]
+    weight: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.clicked)
@@ -117,13 +119,17 @@ class FlatTable:
         codes = np.empty((rows, len(sparse)), dtype=np.int32)
         values = np.empty((rows, len(dense)), dtype=np.float32)
         clicked = np.empty(rows, dtype=np.bool_)
+        weight = np.ones(rows, dtype=np.float32)
         lengths: list[npt.NDArray[np.int32]] = []
         start = 0
         for path in paths:
-            table = _read(path, [columns.CLICKED, *sparse, *dense])
+            sampled = [columns.WEIGHT] if columns.WEIGHT in pq.read_schema(path).names else []
+            table = _read(path, [columns.CLICKED, *sampled, *sparse, *dense])
             of_week = pc.list_value_length(table[columns.CLICKED]).to_numpy().astype(np.int32)
             here = slice(start, start + int(of_week.sum()))
             clicked[here] = _to_numpy(_flat(table[columns.CLICKED]))
+            for name in sampled:
+                weight[here] = np.repeat(table[name].to_numpy(), of_week)
             for i, name in enumerate(sparse):
                 found = vocabularies.encode(name, _flat(table[name]))
                 codes[here, i] = _spread(found, table[name].type, of_week)
@@ -140,6 +146,7 @@ class FlatTable:
             values=values,
             clicked=clicked,
             lengths=np.concatenate(lengths),
+            weight=weight,
         )
 
 

@@ -9,7 +9,7 @@ rows; with them it is trained again on training and validation rows together.
 Dimensions: ``C`` rows, ``K`` hashed features of a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ _STEP, _MIX_1, _MIX_2 = (
 )
 
 Buckets = npt.NDArray[np.int32]
+Weights = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,22 +110,21 @@ class HashedLogistic:
         self._gradient = np.zeros_like(self.weight)
 
     def train_epoch(
-        self, parts: Sequence[tuple[Buckets, npt.NDArray[np.bool_]]], *, seed: int
+        self, parts: Sequence[tuple[Buckets, npt.NDArray[np.bool_], Weights]], *, seed: int
     ) -> None:
-        """Go once over the rows of ``parts`` (buckets ``[C, K]``, clicked ``[C]``), shuffled."""
-        ends = np.cumsum([len(clicked) for _, clicked in parts])
+        """Go once over ``parts`` (buckets ``[C, K]``, clicked and weight ``[C]``), shuffled."""
+        ends = np.cumsum([len(clicked) for _, clicked, _ in parts])
         order = np.random.default_rng(seed).permutation(ends[-1])
         for start in range(0, len(order), BATCH_SIZE):
             rows = order[start : start + BATCH_SIZE]
             part_of = np.searchsorted(ends, rows, side="right")
             chosen = [rows[part_of == i] - end + len(parts[i][1]) for i, end in enumerate(ends)]
-            batch = [(b[own], c[own]) for (b, c), own in zip(parts, chosen, strict=True)]
-            buckets, clicked = (np.concatenate(pieces) for pieces in zip(*batch, strict=True))
-            self.train_step(buckets, clicked)
+            batch = [[a[own] for a in part] for part, own in zip(parts, chosen, strict=True)]
+            self.train_step(*(np.concatenate(pieces) for pieces in zip(*batch, strict=True)))
 
-    def train_step(self, buckets: Buckets, clicked: npt.NDArray[np.bool_]) -> None:
-        """Take one Adagrad step on the summed log loss of a batch; touches its weights only."""
-        error = self.predict(buckets) - clicked.astype(np.float32)
+    def train_step(self, buckets: Buckets, clicked: npt.NDArray[np.bool_], weight: Weights) -> None:
+        """Take one Adagrad step on the weighted log loss of a batch; touches its weights only."""
+        error = (self.predict(buckets) - clicked.astype(np.float32)) * weight
         touched = buckets.ravel()
         np.add.at(self._gradient, touched, np.repeat(error, buckets.shape[1]))
         gradient = self._gradient[touched]
@@ -153,7 +153,6 @@ def fit_tuned(
     validation: "FlatTable",
     *,
     seed: int,
-    report: Callable[[str], None],
 ) -> HashedLogistic:
     """Choose learning rate and epochs on ``validation``, then train on all rows.
 
@@ -162,22 +161,19 @@ def fit_tuned(
         train: rows of the earlier weeks.
         validation: rows of the last training week.
         seed: of the order of rows.
-        report: receives a line for each setting tried.
     """
-    fitting = (hasher.transform(train), train.clicked)
-    held_out = (hasher.transform(validation), validation.clicked)
-    base_rate = float(train.clicked.mean())
+    fitting = (hasher.transform(train), train.clicked, train.weight)
+    held_out = (hasher.transform(validation), validation.clicked, validation.weight)
+    base_rate = float(np.average(train.clicked, weights=train.weight))
     tried: dict[tuple[float, int], float] = {}
     for rate in LEARNING_RATES:
         model = HashedLogistic(base_rate=base_rate, learning_rate=rate)
         for epoch in range(1, MOST_EPOCHS + 1):
             model.train_epoch([fitting], seed=seed + epoch)
-            tried[rate, epoch] = loss = _log_loss(held_out[1], model.predict(held_out[0]))
-            report(f"learning rate {rate}, epoch {epoch}: log loss {loss:.6f}")
+            tried[rate, epoch] = loss = _log_loss(model.predict(held_out[0]), *held_out[1:])
             if loss > tried.get((rate, epoch - 1), np.inf):
                 break
     rate, epochs = min(tried, key=tried.__getitem__)
-    report(f"training on all weeks: learning rate {rate}, {epochs} epochs")
     model = HashedLogistic(base_rate=base_rate, learning_rate=rate)
     for epoch in range(1, epochs + 1):
         model.train_epoch([fitting, held_out], seed=seed + epoch)
@@ -194,6 +190,8 @@ def _hash(field: int, keys: npt.NDArray[np.uint64]) -> Buckets:
     return (mixed >> np.uint64(64 - BUCKET_BITS)).astype(np.int32)
 
 
-def _log_loss(clicked: npt.NDArray[np.bool_], probability: npt.NDArray[np.float32]) -> float:
+def _log_loss(
+    probability: npt.NDArray[np.float32], clicked: npt.NDArray[np.bool_], weight: Weights
+) -> float:
     likely = np.where(clicked, probability, 1 - probability).astype(np.float64)
-    return float(-np.log(np.clip(likely, 1e-12, None)).mean())
+    return float(-np.average(np.log(np.clip(likely, 1e-12, None)), weights=weight))
