@@ -12,7 +12,7 @@ from embeddings.default_tables import ensure_tables
 from experiments.ranking_results import EvaluationWeek, VariantResult
 from experiments.ranking_runs import Plan, Run, execute
 from experiments.ranking_table import write_results
-from experiments.ranking_variants import Variant, choose
+from experiments.ranking_variants import Variant, choose, comparisons
 from features import columns
 from features.config_file import from_toml
 from features.console import progress_bar, say
@@ -105,6 +105,7 @@ def benchmark_ranking(
         data_fingerprint=manifest.fingerprint,
         weeks=found,
         variants=[_result(variant, runs[variant.name]) for variant in variants],
+        comparisons=comparisons(variants),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from features.errors import BadInputError
-from features.schema import DatasetSchema
+from features.schema import DatasetSchema, Feature
 from ranking.config import RankerConfig
 
 Learner = Literal["ranker", "lightgbm", "logistic"]
@@ -100,8 +100,26 @@ VARIANTS = (
     ),
 )
 
+# What is tested beside each variant against its baseline: who wins against whom.
+COMPARISONS = (
+    ("history", "product-query"),
+    ("random", "history"),
+    ("fine-tuned", "history"),
+    ("similar-history", "history"),
+    ("similar-history", "random"),
+    ("similar-history", "lightgbm"),
+    ("dcn-counters", "lightgbm-counters"),
+    ("similar-history-counters", "lightgbm-counters"),
+)
 
-def counting_features(schema: DatasetSchema) -> list[Any]:
+
+def comparisons(variants: Sequence[Variant]) -> list[tuple[str, str]]:
+    """Return those of `COMPARISONS` whose two variants are there."""
+    names = {variant.name for variant in variants}
+    return [pair for pair in COMPARISONS if names.issuperset(pair)]
+
+
+def counting_features(schema: DatasetSchema) -> list[Feature]:
     """Return the features that count what the purchase history holds."""
     return [feature for feature in schema.features if feature.from_history]
 
