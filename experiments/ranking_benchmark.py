@@ -94,7 +94,7 @@ def benchmark_ranking(
     found = [_evaluation_week(plan, schema, manifest, week) for week in weeks]
     runs = {v.name: _runs(plan, v, schema, weeks, seeds) for v in variants}
     # Seeds outermost: stopped early, every variant has the same ones.
-    everything = sorted(sum(runs.values(), []), key=lambda run: seeds.index(run.seed))
+    everything = [r for seed in seeds for own in runs.values() for r in own if r.seed == seed]
     execute(everything, processes)
     return write_results(
         output,

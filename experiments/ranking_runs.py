@@ -15,8 +15,10 @@ checkpoint.
 import hashlib
 import json
 import multiprocessing
+import os
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -194,6 +196,14 @@ def _finished(futures: list[Any]) -> Iterator[Any]:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when ``parent`` has gone: a killed command leaves no worker behind."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def train_ranker(run: Run) -> tuple[Floats, dict[str, Any]]:

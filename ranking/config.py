@@ -40,7 +40,7 @@ class ModelConfig:
     embedding_tower: bool = True
     purchase_history: bool = True
     history_counts: bool = False
-    count_sharpness: tuple[float, ...] = (4.0, 16.0, 64.0)
+    count_sharpness: tuple[float, ...] = (2.0, 8.0, 32.0, 128.0)
     count_windows: tuple[int, ...] = (7, 28, 84)
     tables: TableMode = "frozen"
     embedding_dim: int = 16

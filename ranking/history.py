@@ -7,7 +7,8 @@ The paper pools a history into one mean vector. Here the candidate meets every p
 
 A purchase of the candidate itself adds 1 to the sum whatever ``beta`` is; another one the less, the
 less alike they are and the greater ``beta`` is. A large ``beta`` counts how often this product was
-bought, a small one how often its kind was, and no such counter has to be made by hand.
+bought, a small one how often its kind was, and no such counter has to be made by hand. Purchases of
+unknown products are left out.
 
 Legend: ``C`` candidates of ``B`` requests, ``H`` purchases of all histories, ``G`` requests of a
 padded group of up to ``c`` candidates and ``h`` purchases, ``E`` embedding dimension, ``S`` values
@@ -79,16 +80,17 @@ class HistoryCounts(nn.Module):
         for group in _groups(batch.history_offsets):
             bought = _Padded.of(batch.history_offsets, group)
             shown = _Padded.of(batch.candidate_offsets, group)
+            history = bought.take(batch.history)
             found = self._count(
                 tables.unit_vectors("product", shown.take(batch.product)),
-                tables.unit_vectors("product", bought.take(batch.history)),
-                self._recent(bought.take(batch.history_age), bought.there),
+                tables.unit_vectors("product", history),
+                self._recent(bought.take(batch.history_age), history > 0),
             )
             counts[shown.places[shown.there]] = found[shown.there]
         return counts * (batch.product > 0)[:, None]
 
     def _recent(self, age_gh: Tensor, counts_gh: Tensor) -> Tensor:
-        """Return [G, W, h]: 1 for a purchase within the window, 0 for others and for padding."""
+        """Return [G, W, h]: 1 for a purchase that counts and lies within the window, else 0."""
         return torch.stack([(age_gh < days) & counts_gh for days in self.windows], dim=1).float()
 
     def _count(self, product_gce: Tensor, history_ghe: Tensor, recent_gwh: Tensor) -> Tensor:
@@ -103,4 +105,6 @@ def _groups(history_offsets: Tensor) -> Iterator[Tensor]:
     """Yield requests ([G] int64) with histories of like length; not those with an empty one."""
     lengths = history_offsets.diff()
     order = lengths.argsort(stable=True)
-    yield from order[int((lengths == 0).sum()) :].split(_GROUP)
+    with_history = order[int((lengths == 0).sum()) :]
+    if len(with_history):  # torch splits nothing into one empty part
+        yield from with_history.split(_GROUP)

@@ -29,6 +29,8 @@ def model_config(**changes: object) -> ModelConfig:
         "projection": 4,
         "tower_deep": (7, 5),
         "head": (6,),
+        "count_sharpness": (2.0, 16.0),
+        "count_windows": (7, 30, 84),
     }
     return ModelConfig(**small | changes)
 
@@ -83,7 +85,7 @@ def _transforms(seed: int) -> LevelTransforms:
 def tiny_batch(
     lengths: Sequence[int], history_lengths: Sequence[int], seed: int = 0
 ) -> RequestBatch:
-    """Return random requests; one in five ids is unknown and one in five values missing."""
+    """Return random requests that count 1 or 2.5; one in five ids or values is not known."""
     random = np.random.default_rng(seed)
     requests, candidates, items = len(lengths), sum(lengths), sum(history_lengths)
 
@@ -109,7 +111,28 @@ def tiny_batch(
         candidate_dense=dense(candidates),
         clicked=torch.from_numpy(random.integers(0, 2, candidates)).float(),
         history_age=torch.from_numpy(random.integers(0, 85, items).astype(np.int16)),
+        weight=torch.from_numpy(random.choice([1.0, 2.5], requests)).float(),
     )
+
+
+def changed(batch: RequestBatch, **fields: torch.Tensor) -> RequestBatch:
+    """Return a batch with some of its fields replaced."""
+    names = RequestBatch.__dataclass_fields__
+    return RequestBatch(**{name: getattr(batch, name) for name in names} | fields)
+
+
+def take_requests(batch: RequestBatch, order: Sequence[int]) -> RequestBatch:
+    """Return requests of a batch in an order of their places; one may come several times."""
+    of_candidates = ("product", "candidate_sparse", "candidate_dense", "clicked")
+    lengths = dict.fromkeys(of_candidates, batch.lengths)
+    lengths |= dict.fromkeys(("history", "history_age"), batch.history_lengths)
+    ones = torch.ones_like(batch.lengths)
+
+    def taken(name: str) -> torch.Tensor:
+        parts = getattr(batch, name).split(lengths.get(name, ones).tolist(), dim=-1)
+        return torch.cat([parts[place] for place in order], dim=-1)
+
+    return RequestBatch(**{name: taken(name) for name in RequestBatch.__dataclass_fields__})
 
 
 def write_tiny_tables(

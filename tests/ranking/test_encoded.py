@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_ranker import tiny_batch, tiny_ranker
+from tiny_ranker import changed, tiny_batch, tiny_ranker
 
 from ranking.encoded import offsets
 
@@ -20,6 +20,8 @@ def test_another_order_by_hand():
     assert turned.history_offsets.tolist() == [0, 0, 1, 3]
     assert turned.product.tolist() == batch.product[[2, 0, 1]].tolist()
     assert turned.history.tolist() == batch.history[[0, 1, 2]].tolist()
+    assert turned.history_age.tolist() == batch.history_age[[0, 1, 2]].tolist()
+    assert turned.weight.tolist() == batch.weight[[2, 0, 1]].tolist()
     assert turned.query.tolist() == batch.query[[2, 0, 1]].tolist()
     assert turned.clicked.tolist() == batch.clicked[[2, 0, 1]].tolist()
     assert turned.request_rows.tolist() == batch.request_rows[:, [2, 0, 1]].tolist()
@@ -34,6 +36,14 @@ def test_an_order_and_its_inverse_give_the_same_batch(sizes, data):
     back = batch.reorder(order).reorder(order.argsort())
     for name in type(batch).__dataclass_fields__:
         assert torch.equal(getattr(back, name), getattr(batch, name)), name
+
+
+def test_the_weight_of_a_batch_is_that_of_its_candidates():
+    raw = changed(tiny_batch([2, 0, 3], [0, 1, 0]), weight=torch.tensor([1.0, 8.0, 2.5]))
+    batch = tiny_ranker().encode(raw)
+    assert batch.weight.tolist() == [1, 8, 2.5]
+    assert batch.total_weight() == 2 * 1 + 3 * 2.5
+    assert batch.select(2, 3).total_weight() == 7.5
 
 
 def test_ranges_share_the_candidates():

@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_ranker import pretrained_tables, tiny_batch, tiny_ranker
-
-from features.batch import RequestBatch
+from tiny_ranker import changed, pretrained_tables, take_requests, tiny_batch, tiny_ranker
 
 LENGTHS = [3, 1, 0, 5, 1, 2]
 HISTORIES = [2, 0, 1, 7, 3, 0]
@@ -16,6 +14,7 @@ SHAPES = {
     "full rank": {"cross_rank": 0, "cross_layers": 3},
     "one layer": {"cross_layers": 1, "deep": (5,), "tower_deep": (3,), "head": ()},
     "no history": {"purchase_history": False},
+    "history counts": {"history_counts": True},
     "fine-tuned": {"tables": "fine-tuned"},
     "random": {"tables": "random"},
     "dcn": {"embedding_tower": False},
@@ -66,6 +65,26 @@ def cosine(a, b):
     return torch.where(norms > 0, (a * b).sum(dim=1) / safe, 0)
 
 
+def history_counts(config, batch, tables):
+    """Count each candidate's like in the history of its request, one pair after the other."""
+    known = pretrained_tables()["product"].ids
+    shown = lookup(tables["product"], known, batch.product.tolist())
+    bought = lookup(tables["product"], known, batch.history.tolist())
+    counts = []
+    request_c = torch.repeat_interleave(batch.lengths).tolist()
+    of_request = torch.repeat_interleave(batch.history_lengths)
+    for vector, product, request in zip(shown, batch.product, request_c, strict=True):
+        own = (of_request == request) & torch.isin(batch.history, torch.from_numpy(known))
+        like = cosine(vector.expand_as(bought[own]), bought[own])
+        age = batch.history_age[own]
+        for beta in config.count_sharpness:
+            for days in config.count_windows:
+                total = torch.exp(beta * (like[age < days] - 1)).sum() * (int(product) in known)
+                counts.append(total.log1p())
+    width = len(config.count_sharpness) * len(config.count_windows)
+    return torch.stack(counts).detach().view(-1, width) if counts else torch.zeros(0, width)
+
+
 def embedding_tower(ranker, batch, weights, tables, request_c):
     known = pretrained_tables()
     product = lookup(tables["product"], known["product"].ids, batch.product.tolist())
@@ -100,6 +119,7 @@ def reference_logits(ranker, batch, weights, tables):
             weights,
             "candidate_embeddings",
         ),
+        *([history_counts(ranker.config, batch, tables)] if ranker.config.counts_history else []),
         *level_features(
             ranker.request_transforms,
             batch.request_sparse[:, request_c],
@@ -230,22 +250,22 @@ def test_empty_histories_give_numbers_and_finite_gradients():
     assert all(p.grad.isfinite().all() for p in ranker.dense_parameters())
 
 
-def changed(batch, **fields):
-    names = RequestBatch.__dataclass_fields__
-    return RequestBatch(**{name: getattr(batch, name) for name in names} | fields)
-
-
-def test_a_history_of_unknown_products_is_as_an_empty_one():
-    ranker = tiny_ranker()
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_history_of_unknown_products_is_as_an_empty_one(counts):
+    ranker = tiny_ranker(history_counts=counts)
     batch = tiny_batch([4, 2], [0, 0])
     unknown = changed(
-        batch, history=torch.tensor([-1, 99_999]), history_lengths=torch.tensor([2, 0])
+        batch,
+        history=torch.tensor([-1, 99_999]),
+        history_age=torch.tensor([0, 3], dtype=torch.int16),
+        history_lengths=torch.tensor([2, 0]),
     )
     torch.testing.assert_close(ranker.score(unknown), ranker.score(batch), rtol=0, atol=0)
 
 
-def test_history_counts_for_its_own_request_alone():
-    ranker = tiny_ranker()
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_history_is_read_for_its_own_request_alone(counts):
+    ranker = tiny_ranker(history_counts=counts)
     batch = tiny_batch([4, 2], [1, 1])
     other = changed(batch, history=torch.tensor([int(batch.history[0]), 105]))
     before, after = ranker.score(batch), ranker.score(other)
@@ -258,30 +278,25 @@ def test_requests_in_another_order_get_the_same_scores(shape):
     ranker = tiny_ranker(**shape)
     batch = tiny_batch(LENGTHS, HISTORIES)
     order = [3, 2, 0, 5, 4, 1]
+    of_requests = ranker.score(batch).split(LENGTHS)
+    expected = torch.cat([of_requests[place] for place in order])
+    found = ranker.score(take_requests(batch, order))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
-    def of_requests(tensor, lengths):
-        parts = tensor.split(lengths, dim=-1)
-        return torch.cat([parts[i] for i in order], dim=-1)
 
-    ones = [1] * len(LENGTHS)
-    turned = {
-        name: of_requests(getattr(batch, name), lengths)
-        for name, lengths in {
-            "lengths": ones,
-            "query": ones,
-            "history": HISTORIES,
-            "history_age": HISTORIES,
-            "history_lengths": ones,
-            "request_sparse": ones,
-            "request_dense": ones,
-            "product": LENGTHS,
-            "candidate_sparse": LENGTHS,
-            "candidate_dense": LENGTHS,
-            "clicked": LENGTHS,
-        }.items()
-    }
-    expected = of_requests(ranker.score(batch), LENGTHS)
-    torch.testing.assert_close(ranker.score(RequestBatch(**turned)), expected, rtol=0, atol=1e-6)
+def test_ages_are_read_only_where_the_history_is_counted():
+    batch = tiny_batch(LENGTHS, HISTORIES)
+    older = changed(batch, history_age=batch.history_age + 85)
+    plain, counting = tiny_ranker(), tiny_ranker(history_counts=True)
+    assert plain.score(older).equal(plain.score(batch))
+    assert not counting.score(older).equal(counting.score(batch))
+
+
+def test_weights_change_no_score():
+    batch = tiny_batch(LENGTHS, HISTORIES)
+    other = changed(batch, weight=batch.weight * 7)
+    ranker = tiny_ranker()
+    assert ranker.score(other).equal(ranker.score(batch))
 
 
 def check_against_reference(shape, lengths, histories):
@@ -371,7 +386,8 @@ def test_split_covers_each_candidate_once_and_keeps_requests_whole(requests, bat
     batch = tiny_batch(lengths, histories)
     encoded = _RANKER.encode(batch)
     parts = list(encoded.split(batch_rows))
-    for name in ("query", "history", "product", "clicked", "request_dense", "candidate_dense"):
+    whole = ("query", "weight", "history", "history_age", "product", "clicked")
+    for name in (*whole, "request_dense", "candidate_dense"):
         together = torch.cat([getattr(part, name) for part in parts])
         torch.testing.assert_close(together, getattr(encoded, name), rtol=0, atol=0)
     for name in ("request_rows", "candidate_rows"):
@@ -389,12 +405,13 @@ def test_split_covers_each_candidate_once_and_keeps_requests_whole(requests, bat
 _RANKER = tiny_ranker()
 
 
-def test_parts_of_a_batch_score_as_the_whole():
-    batch = tiny_batch([4, 6, 1, 5, 3, 8, 2], [3, 0, 2, 1, 9, 0, 4])
-    encoded = _RANKER.encode(batch)
+@pytest.mark.parametrize("counts", [True, False])
+def test_parts_of_a_batch_score_as_the_whole(counts):
+    ranker = tiny_ranker(history_counts=counts)
+    encoded = ranker.encode(tiny_batch([4, 6, 1, 5, 3, 8, 2], [3, 0, 2, 1, 9, 0, 4]))
     with torch.no_grad():
-        whole = _RANKER(encoded)
-        parts = [_RANKER(part) for part in encoded.split(7)]
+        whole = ranker(encoded)
+        parts = [ranker(part) for part in encoded.split(7)]
     assert len(parts) == 4
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
 

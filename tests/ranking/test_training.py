@@ -37,6 +37,15 @@ CONFIG = TrainingConfig(
 )
 
 
+SHAPES = {
+    "frozen": {},
+    "random": {"tables": "random"},
+    "history counts": {"history_counts": True},
+    "dcn": {"embedding_tower": False},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
 class StoppedError(Exception):
     """Stands for a kill."""
 
@@ -60,6 +69,9 @@ def write_records(path, *, requests=80, seed=0, shuffled=False):
         "requested_at": pa.array([dt.datetime(2024, 1, 1)] * requests, pa.timestamp("us")),
         "query": pa.array([f"query {i}" for i in random.integers(0, 9, requests)]),
         "purchase_history": lists(random.integers(100, 100 + KNOWN, histories.sum()), histories),
+        "purchase_age_days": lists(
+            random.integers(0, 84, histories.sum()).astype(np.int16), histories
+        ),
         "product_id": lists(random.integers(100, 100 + KNOWN, candidates)),
         "clicked": lists(clicked),
     }
@@ -71,6 +83,14 @@ def write_records(path, *, requests=80, seed=0, shuffled=False):
         table[f"candidate_{name}"] = lists(x if name == "x" else random.normal(size=candidates))
     pq.write_table(pa.table(table), path, row_group_size=10)
     return path
+
+
+def with_weights(path, weights, target):
+    """Copy records with a weight for each request."""
+    table = pq.read_table(path)
+    table = table.append_column("weight", pa.array(weights, pa.float32()))
+    pq.write_table(table, target, row_group_size=10)
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +124,7 @@ def assert_same(one, other):
         assert one[name].equal(other[name]), name
 
 
-@pytest.mark.parametrize("shape", [{}, {"tables": "random"}, {"embedding_tower": False}])
+@every_shape
 def test_the_same_training_twice_gives_the_same_weights(records, shape):
     first, second = trainer(records, **shape), trainer(records, **shape)
     losses = [trained.run().losses for trained in (first, second)]
@@ -140,7 +160,7 @@ def test_training_learns(records, later):
     assert p[predictions.clicked].mean() > p[~predictions.clicked].mean() + 0.1
 
 
-@pytest.mark.parametrize("shape", [{}, {"tables": "random"}, {"embedding_tower": False}])
+@every_shape
 @pytest.mark.parametrize("stop", [1, 5, 12, 17])
 def test_a_stopped_training_carries_on_to_the_same_weights(records, later, tmp_path, shape, stop):
     whole = trainer(records, validation=later, **shape)
@@ -228,7 +248,7 @@ def test_an_infinite_loss_names_the_batch(records):
         trainer(records, config).run()
 
 
-@pytest.mark.parametrize("shape", [{}, {"tables": "random"}, {"embedding_tower": False}])
+@every_shape
 @pytest.mark.parametrize("threads", [2, 3])
 def test_several_threads_train_to_the_same(records, shape, threads):
     """Up to the order of sums; the same number of threads gives the same bits."""
@@ -247,7 +267,7 @@ def test_more_threads_than_requests(records):
     np.testing.assert_allclose([x for _, x in few], [x for _, x in alone], rtol=2e-2)
 
 
-@pytest.mark.parametrize("shape", [{}, {"tables": "random"}, {"embedding_tower": False}])
+@every_shape
 def test_bfloat16_products_train_to_nearly_the_same(records, shape):
     exact = trainer(records, **shape).run()
     fast = trainer(records, replace(CONFIG, precision="bfloat16"), **shape).run()
@@ -284,6 +304,39 @@ def test_the_best_epoch_survives_a_stop(records, later, tmp_path):
     resumed = trainer(records, config, validation=later)
     resumed.run(path)
     assert_same(state(resumed), state(whole))
+
+
+@every_shape
+def test_training_on_a_weight_is_training_on_the_request_as_often(records, tmp_path, shape):
+    """In one batch a step, whose order does not matter."""
+    config = replace(CONFIG, epochs=4, batch_rows=10**6, chunk_groups=100)
+    weights = np.random.default_rng(0).integers(1, 4, 80)
+    weighted = with_weights(records, weights, tmp_path / "weighted.parquet")
+    repeated = tmp_path / "repeated.parquet"
+    table = pq.read_table(records)
+    pq.write_table(table.take(pa.array(np.repeat(np.arange(80), weights))), repeated)
+    losses = [
+        [loss for _, loss in trainer(path, config, **shape).run().losses]
+        for path in (weighted, repeated, records)
+    ]
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    assert abs(losses[0][-1] / losses[2][-1] - 1) > 1e-3
+
+
+def test_weights_of_1_change_nothing(records, tmp_path):
+    weighted = with_weights(records, np.ones(80), tmp_path / "weighted.parquet")
+    first, second = trainer(records), trainer(weighted)
+    assert first.run().losses == second.run().losses
+    assert_same(state(first), state(second))
+
+
+def test_weights_are_of_no_use_to_predictions(records, tmp_path):
+    weighted = with_weights(records, np.full(80, 5), tmp_path / "weighted.parquet")
+    plain, same = (
+        predict(tiny_ranker(), SCHEMA, RecordFiles.open([path])) for path in (records, weighted)
+    )
+    assert plain.probability.tolist() == same.probability.tolist()
 
 
 def test_without_a_validation_week_the_last_epoch_is_kept(records):
