@@ -179,7 +179,7 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         flat = rows.reshape(-1)
         vectors = bag.get_buffer("weight").index_select(0, flat).float()
         vectors *= bag.get_buffer("inverse_norm").index_select(0, flat)[:, None]
-        return vectors.view(*rows.shape, -1)
+        return vectors.view(*rows.shape, vectors.shape[1])
 
     def pool(self, feature: str, rows: Tensor, offsets: Tensor) -> Tensor:
         """Return the pooled embeddings of bags of rows.
