@@ -11,7 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.public_ctr_config import PublicConfig, Reference, reference_for, spread
+from experiments.public_ctr_config import (
+    PublicConfig,
+    Reference,
+    reference_for,
+    settings_for,
+    spread,
+)
 from experiments.public_ctr_page import public_page
 from features.console import print_table, say
 from features.files import write_text
@@ -30,7 +36,7 @@ def run_public(folder: Path, output: Path, config: PublicConfig | None = None) -
         folder: with ``train``, ``valid`` and ``test`` (``.csv``, ``.parquet``, ``.libsvm`` or
             ``.txt``). Its name is the dataset's.
         output: folder for the encoded data, the seeds' results and the two files.
-        config: settings; by default BARS's for a dataset of theirs, `PublicConfig`'s for others.
+        config: settings; by default `settings_for` the folder's name.
 
     Returns:
         The content of ``public.json``.
@@ -41,14 +47,14 @@ def run_public(folder: Path, output: Path, config: PublicConfig | None = None) -
     """
     from experiments.public_ctr_data import load_or_encode
 
-    reference = reference_for(folder.resolve().name)
-    if config is None:
-        config = reference.config if reference else PublicConfig()
+    name = folder.resolve().name
+    config = config or settings_for(name)
+    reference = reference_for(name)
     data = load_or_encode(folder, output, config)
     runs = output / "seeds" / _identity(data, config)[:16]
     results = [_seed_result(data, config, seed, runs) for seed in config.seeds]
     document = {
-        "dataset": folder.resolve().name,
+        "dataset": name,
         "model": "parallel DCNv2 + DNN",
         "metrics": _summary(results),
         "seeds": results,

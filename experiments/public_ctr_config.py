@@ -143,6 +143,12 @@ def reference_for(name: str) -> Reference | None:
     return next((one for one in REFERENCES if _plain(one.name) == wanted), None)
 
 
+def settings_for(name: str) -> PublicConfig:
+    """Return BARS's settings for a dataset of theirs, those for Frappe_x1 for any other."""
+    reference = reference_for(name)
+    return reference.config if reference else PublicConfig()
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 

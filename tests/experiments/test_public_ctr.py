@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import public_ctr
+from experiments import public_ctr, public_ctr_config
 from experiments.public_ctr import print_public, run_public
 from experiments.public_ctr_config import REFERENCES, PublicConfig, reference_for, spread
 from features.config_file import from_toml, to_toml
@@ -119,7 +119,7 @@ def test_bars_stands_beside_what_bears_its_name(
     assert "not comparable with BARS: its split" in shown.err
 
     same = dataclasses.replace(REFERENCES[0], config=CONFIG, rows=(120, 120, 120))
-    monkeypatch.setattr(public_ctr, "reference_for", lambda name: same)
+    monkeypatch.setattr(public_ctr_config, "REFERENCES", (same,))
     document = run_public(folder, tmp_path / "out")  # its settings without being asked
     assert document["reference"]["differences"] == []
     gap = document["metrics"]["auc_mean"] - spread(list(same.auc))[0]
