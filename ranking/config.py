@@ -124,6 +124,10 @@ class TrainingConfig:
         check_least(self, _LEAST)
         if self.warmup > 1:
             raise BadInputError(f"'warmup' must be 1 or less, got {self.warmup}")
+        if not 0 < self.keep_unclicked <= 1:
+            raise BadInputError(
+                f"'keep_unclicked' must be above 0 and at most 1, got {self.keep_unclicked}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
