@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_ranker import tiny_config, write_tiny_tables
+from tiny_ranker import changed, tiny_config, write_tiny_tables
 
 from embeddings.tables import EmbeddingTable, write_table
 from features.batch import RecordFiles, RequestBatch
@@ -25,6 +25,7 @@ NEW_PRODUCT = 777_777
 MODELS = {
     "frozen": {},
     "no history": {"purchase_history": False},
+    "history counts": {"history_counts": True},
     "random": {"tables": "random"},
     "fine-tuned": {"tables": "fine-tuned"},
     "full rank": {"cross_rank": 0},
@@ -40,8 +41,7 @@ def trained_bundle(data: Path, table_folder: Path, **model: object) -> Bundle:
     with seeded(0):
         content = read.content if read else None
         ranker = Ranker(config.model, *split.fit_transforms(config), content)
-    rows = split.rows(split.train)
-    Trainer(ranker, schema, split.files(split.train), rows, config.training).run()
+    Trainer(ranker, schema, split.train_files(), split.train_rows(), config.training).run()
     return Bundle(
         ranker=ranker,
         schema=schema,
@@ -57,6 +57,14 @@ def trained_bundle(data: Path, table_folder: Path, **model: object) -> Bundle:
 def bundle(ranker_data, random_tables):
     """A trained two-tower model over frozen tables; read only."""
     return trained_bundle(ranker_data, random_tables)
+
+
+@pytest.fixture(scope="module")
+def counting(ranker_data, random_tables, tmp_path_factory):
+    """The folder of a bundle whose model counts in the history; read only."""
+    folder = tmp_path_factory.mktemp("counting") / "bundle"
+    trained_bundle(ranker_data, random_tables, history_counts=True).save(folder)
+    return folder
 
 
 @pytest.fixture
@@ -115,20 +123,36 @@ def test_the_same_tables_change_nothing(saved, random_tables, ranker_data):
     assert opened.ranker.score(batch).equal(Bundle.open(saved).ranker.score(batch))
 
 
+def test_a_newer_table_is_counted_with(counting, ranker_data, tmp_path):
+    newer = write_tiny_tables(tmp_path / "newer", more_products=[NEW_PRODUCT])
+    batch = evaluation_batch(ranker_data)
+    old, new = Bundle.open(counting).ranker, Bundle.open(counting, tables=newer).ranker
+    torch.testing.assert_close(old.score(batch), new.score(batch), rtol=0, atol=1e-6)
+    request = int(batch.history_lengths.argmax())
+    place = int(batch.history_lengths[:request].sum())
+    bought = changed(batch, history=batch.history.clone())
+    bought.history[place] = NEW_PRODUCT
+    unknown = changed(batch, history=batch.history.clone())
+    unknown.history[place] = NEW_PRODUCT + 1
+    torch.testing.assert_close(old.score(bought), old.score(unknown), rtol=0, atol=0)
+    affected = (new.score(bought) != new.score(unknown)).nonzero().flatten().tolist()
+    first = int(batch.lengths[:request].sum())
+    assert affected == list(range(first, first + int(batch.lengths[request])))
+
+
 def test_a_newer_table_scores_new_products(saved, ranker_data, tmp_path):
     newer = write_tiny_tables(tmp_path / "newer", more_products=[NEW_PRODUCT])
     batch = evaluation_batch(ranker_data)
-    fields = {name: getattr(batch, name) for name in RequestBatch.__dataclass_fields__}
     product = batch.product.clone()
     product[0] = NEW_PRODUCT
-    changed = RequestBatch(**fields | {"product": product})
+    known = changed(batch, product=product)
     unknown = product.clone()
     unknown[0] = NEW_PRODUCT + 1
-    without = RequestBatch(**fields | {"product": unknown})
+    without = changed(batch, product=unknown)
     old, new = Bundle.open(saved).ranker, Bundle.open(saved, tables=newer).ranker
     torch.testing.assert_close(old.score(batch), new.score(batch), rtol=0, atol=1e-6)
-    assert old.score(changed)[0] == old.score(without)[0]
-    assert new.score(changed)[0] != new.score(without)[0]
+    assert old.score(known)[0] == old.score(without)[0]
+    assert new.score(known)[0] != new.score(without)[0]
     torch.testing.assert_close(new.score(without), old.score(without), rtol=0, atol=1e-6)
 
 

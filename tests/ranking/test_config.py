@@ -38,6 +38,8 @@ def read(tmp_path, text):
             tables=st.sampled_from(["frozen", "fine-tuned", "random"]),
             deep=widths,
             head=widths,
+            count_sharpness=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3).map(tuple),
+            count_windows=widths,
         ),
         training=st.builds(
             TrainingConfig,
@@ -45,8 +47,13 @@ def read(tmp_path, text):
             checkpoint_seconds=st.floats(0, 1e6),
             precision=st.sampled_from(["float32", "bfloat16"]),
             seed=st.integers(0, 1 << 40),
+            keep_unclicked=st.floats(1e-6, 1),
         ),
-        transforms=st.builds(TransformConfig, bins=st.integers(0, 100)),
+        transforms=st.builds(
+            TransformConfig,
+            bins=st.integers(0, 100),
+            leave_out=st.lists(st.sampled_from(["price", "type_repeats"])).map(tuple),
+        ),
     )
 )
 def test_every_configuration_survives_toml(tmp_path_factory, config):
@@ -146,6 +153,40 @@ def test_a_missing_file_and_one_that_is_not_text(tmp_path):
         ("[model]\ncross_rank = -1", "'cross_rank' must be 0 or more, got -1"),
         ("[transforms]\nmin_count = 0", "'min_count' must be 1 or more, got 0"),
         ("[transforms]\nbins = -1", "'bins' must be 0 or more, got -1"),
+        (
+            "[training]\nkeep_unclicked = 0",
+            "'keep_unclicked' must be above 0 and at most 1, got 0.0",
+        ),
+        (
+            "[training]\nkeep_unclicked = 1.5",
+            "'keep_unclicked' must be above 0 and at most 1, got 1.5",
+        ),
+        (
+            "[model]\nhistory_counts = true\ntables = 'random'",
+            "'history_counts' needs 'purchase_history' and frozen tables, got "
+            "purchase_history = true and random tables",
+        ),
+        (
+            "[model]\nhistory_counts = true\ntables = 'fine-tuned'",
+            "got purchase_history = true and fine-tuned tables",
+        ),
+        (
+            "[model]\nhistory_counts = true\npurchase_history = false",
+            "got purchase_history = false and frozen tables",
+        ),
+        (
+            "[model]\nhistory_counts = true\ncount_windows = []",
+            "'count_windows' must name one or more numbers above 0",
+        ),
+        (
+            "[model]\nhistory_counts = true\ncount_windows = [7, 0]",
+            "'count_windows' must name one or more numbers above 0",
+        ),
+        (
+            "[model]\nhistory_counts = true\ncount_sharpness = [0.0]",
+            "'count_sharpness' must name one or more numbers above 0",
+        ),
+        ("[model]\ncount_sharpness = [-2.0]", "'count_sharpness' must be 0 or more, got (-2.0,)"),
     ],
 )
 def test_values_that_make_no_sense_are_named(tmp_path, text, sentence):
@@ -153,6 +194,18 @@ def test_values_that_make_no_sense_are_named(tmp_path, text, sentence):
         read(tmp_path, text)
     assert str(caught.value).endswith(sentence)
     assert str(caught.value).startswith(str(tmp_path / "config.toml"))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("tower", [True, False])
+def test_only_a_model_with_tables_counts_in_the_history(tower, counts):
+    config = ModelConfig(embedding_tower=tower, history_counts=counts)
+    assert config.counts_history == (tower and counts)
+
+
+def test_without_tables_the_counts_are_ignored_whatever_they_are():
+    config = ModelConfig(embedding_tower=False, history_counts=True, tables="random")
+    assert not config.counts_history
 
 
 def test_a_dict_as_from_json():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,13 @@ import pytest
 from safetensors.torch import load_file
 from tiny_ranker import tiny_config, write_tiny_tables
 
+from features.batch import RequestBatch
 from features.config_file import from_toml, to_toml
 from features.errors import BadInputError
+from features.manifest import RequestsManifest
 from ranking.bundle import Bundle
 from ranking.cli import main
-from ranking.config import RankerConfig
+from ranking.config import RankerConfig, TransformConfig
 from ranking.run import train_ranker
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +121,10 @@ def test_nothing_is_found_in_shuffled_clicks(ranker_data, random_tables, tmp_pat
 # The same again.
 
 
-@pytest.mark.parametrize("model", [{}, {"tables": "random"}, {"embedding_tower": False}])
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"history_counts": True}, {"tables": "random"}, {"embedding_tower": False}],
+)
 def test_the_same_run_twice_gives_the_same_figures(ranker_data, random_tables, tmp_path, model):
     config = tiny_config(**model)
     tables = random_tables if config.model.embedding_tower else None
@@ -154,8 +160,6 @@ def test_a_runs_own_configuration_gives_it_again(run, ranker_data, random_tables
 def test_the_bundle_gives_the_figures_of_the_run(run, ranker_data):
     from sklearn.metrics import roc_auc_score
 
-    from features.batch import RequestBatch
-
     bundle = Bundle.open(run / "bundle")
     records = pq.read_table(ranker_data / "requests" / "week-0006.parquet")
     batch = RequestBatch.from_records(records, bundle.schema)
@@ -163,6 +167,57 @@ def test_the_bundle_gives_the_figures_of_the_run(run, ranker_data):
     assert auc == pytest.approx(metrics_of(run)["slices"]["all"]["auc"], abs=1e-4)
     assert bundle.table_fingerprint == "tiny"
     assert (bundle.window_days, bundle.history_cap) == (84, 1000)
+
+
+# Less than everything.
+
+
+def test_a_sample_is_trained_on_and_everything_is_evaluated(
+    run, ranker_data, random_tables, tmp_path
+):
+    """Few requests of the tiny dataset have no click; a third of those is kept."""
+    data = with_clicks(ranker_data, tmp_path / "data", lambda clicked, weeks: clicked)
+    metrics = train(data, random_tables, tmp_path / "run", training={"keep_unclicked": 0.3})
+    whole = metrics_of(run)
+    assert metrics["slices"]["all"]["rows"] == whole["slices"]["all"]["rows"]
+    assert metrics["slices"]["all"]["positives"] == whole["slices"]["all"]["positives"]
+    assert metrics["slices"]["all"]["auc"] > 0.74
+    assert metrics["slices"]["all"]["calibration"] == pytest.approx(1, abs=0.15)
+    sample = RequestsManifest.load(data / "requests-keep-0.3")
+    assert sorted(sample.weeks) == [1, 2, 3, 4, 5]
+    rows = sum(counts.rows for counts in sample.weeks.values())
+    assert metrics["training"]["rows"] == 3 * rows < whole["training"]["rows"]
+    assert "keep_unclicked = 0.3" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_the_validation_week_is_watched_whole(ranker_data, random_tables, tmp_path):
+    data = with_clicks(ranker_data, tmp_path / "data", lambda clicked, weeks: clicked)
+    training = {"keep_unclicked": 0.3, "validation_week": True, "epochs": 1}
+    train(data, random_tables, tmp_path / "run", training=training)
+    assert sorted(RequestsManifest.load(data / "requests-keep-0.3").weeks) == [1, 2, 3, 4]
+
+
+def test_a_feature_left_out_is_not_read(run, ranker_data, random_tables, tmp_path):
+    left_out = ("title_match", "brand", "hour")
+    config = replace(tiny_config(), transforms=TransformConfig(bins=8, leave_out=left_out))
+    output = tmp_path / "run"
+    metrics = train_ranker(ranker_data, output, tables=random_tables, config=config)
+    assert metrics["slices"] != metrics_of(run)["slices"]
+    bundle = Bundle.open(output / "bundle")
+    names = [feature.name for feature in bundle.schema.features]
+    assert names == ["store", "query_type", "product", "aisles_bought", "price"]
+    assert not [name for name in tensors(output) for gone in left_out if gone in name]
+    records = pq.read_table(ranker_data / "requests" / "week-0006.parquet")
+    whole = bundle.ranker.score(RequestBatch.from_records(records, bundle.schema))
+    without = records.drop_columns(list(left_out))
+    assert bundle.ranker.score(RequestBatch.from_records(without, bundle.schema)).equal(whole)
+
+
+def test_leaving_out_what_is_not_there_is_refused(ranker_data, random_tables, tmp_path):
+    config = replace(tiny_config(), transforms=TransformConfig(leave_out=("titel_match",)))
+    with pytest.raises(BadInputError, match="'titel_match'; did you mean 'title_match'"):
+        train_ranker(ranker_data, tmp_path / "run", tables=random_tables, config=config)
+    assert not (tmp_path / "run").exists()
 
 
 # Killed and carried on.
