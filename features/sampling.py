@@ -18,7 +18,13 @@ from features import columns
 from features.console import progress_bar
 from features.errors import BadInputError
 from features.files import atomic_file
-from features.manifest import MANIFEST, RequestsManifest, WeekCounts, week_path
+from features.manifest import (
+    MANIFEST,
+    OtherFormatError,
+    RequestsManifest,
+    WeekCounts,
+    week_path,
+)
 from features.requests import ROW_GROUP, record_writer
 
 
@@ -28,7 +34,7 @@ def sample_requests(
     """Write samples of some weeks of request records, with a column ``weight``.
 
     The same records and options give the same sample. Weeks that ``output`` holds already are not
-    made again; samples of other records or with another ``keep`` are replaced.
+    made again; samples of other records, of another format or with another ``keep`` are replaced.
 
     Args:
         manifest: of all request records.
@@ -41,22 +47,33 @@ def sample_requests(
     """
     if not 0 < keep <= 1:
         raise BadInputError(f"the share of unclicked requests must be in (0, 1], got {keep}")
-    key = f"{manifest.fingerprint}, {keep:g} of the requests without a click"
-    found: dict[int, WeekCounts] = {}
-    if (output / MANIFEST).exists():
-        made = RequestsManifest.load(output)
-        if made.fingerprint == key:
-            found = dict(made.weeks)
-        else:
-            (output / MANIFEST).unlink()
-    asked = sorted(set(weeks))
+    sources = {week: manifest.path(week) for week in sorted(set(weeks))}
+    key = f"{manifest.fingerprint}, {float(keep)} of the requests without a click"
+    found = _finished(output, replace(manifest, fingerprint=key))
+    missing = [week for week in sources if week not in found]
     with progress_bar() as bar:
-        for week in bar.track(asked, description="sampling"):
-            if week not in found:
-                found[week] = _sample_week(manifest.path(week), week_path(output, week), keep, week)
+        for week in bar.track(missing, description="sampling"):
+            found[week] = _sample_week(sources[week], week_path(output, week), keep, week)
     sample = replace(manifest, folder=output, fingerprint=key, weeks=dict(sorted(found.items())))
-    sample.save()
+    if missing:  # several processes may read a sample that is there
+        sample.save()
     return sample
+
+
+def _finished(output: Path, wanted: RequestsManifest) -> dict[int, WeekCounts]:
+    """Return the weeks that ``output`` holds of a sample; those of another one are forgotten."""
+    if not (output / MANIFEST).exists():
+        return {}
+    try:
+        made = RequestsManifest.load(output)
+    except OtherFormatError:
+        made = None
+    options = ("fingerprint", "window_days", "history_cap")
+    if made is None or any(getattr(made, name) != getattr(wanted, name) for name in options):
+        for stale in (output / MANIFEST, *output.glob("week-*.parquet")):
+            stale.unlink()
+        return {}
+    return {week: counts for week, counts in made.weeks.items() if made.path(week).is_file()}
 
 
 def _sample_week(source: Path, target: Path, keep: float, week: int) -> WeekCounts:
