@@ -200,7 +200,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
     """Return the Gaussian kernel density on ``grid``; ``None`` of values that have no spread."""
-    from scipy.stats import gaussian_kde  # type: ignore[import-untyped]
+    from scipy.stats import gaussian_kde
 
     if len(values) < 3 or values.std() < 1e-6:
         return None
