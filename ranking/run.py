@@ -12,6 +12,7 @@
 import json
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -378,4 +379,4 @@ def _span(weeks: Sequence[int]) -> str:
 
 def command_line(prog: str) -> str:
     """Return the process's command line with the command's plain name."""
-    return " ".join([prog, *sys.argv[1:]])
+    return shlex.join([prog, *sys.argv[1:]])
