@@ -31,6 +31,7 @@ def test_export_standardises_and_fills_missing_values(tmp_path: Path) -> None:
         values=np.array([[1, 5], [3, 5], [np.nan, 5]], dtype=np.float32),
         clicked=np.array([True, False, False]),
         lengths=np.array([3], dtype=np.int32),
+        weight=np.ones(3, dtype=np.float32),
     )
     vocabularies = Vocabularies(values={"a": pa.array(["p", "q"])})
     throughput.export_rows(table, vocabularies, tmp_path / "rows.npz")
