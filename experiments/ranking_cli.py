@@ -1,7 +1,7 @@
 """``benchmark-ranking``: the paper's ranking table (Table 2) on a dataset folder."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +39,7 @@ class Options:
     """Share of the requests without a click that training keeps, each counting for those left out;
     the configuration's, or .1 without one. Evaluation reads all."""
     processes: int = 2
-    """Runs side by side, each on one core."""
+    """Runs side by side, each on one core; with --public the cores of a run."""
     public: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with train, valid and test files of a public CTR dataset (CSV or libsvm)."""
 
@@ -75,16 +75,22 @@ def _benchmark(options: Options) -> None:
 
 
 def _public(options: Options, folder: Path) -> None:
-    from experiments.public_ctr import run_public
-    from experiments.public_ctr_config import PublicConfig
+    """Run the benchmark of a public dataset, with BARS's settings where it is one of BARS's."""
+    from experiments.public_ctr import print_public, run_public
+    from experiments.public_ctr_config import PublicConfig, settings_for
     from features.config_file import from_toml
 
     defaults = Options(output=options.output)
     for name in ("data", "tables", "weeks", "variants", "keep_unclicked"):
         if getattr(options, name) != getattr(defaults, name):
             raise BadInputError(f"--{name.replace('_', '-')} does not go with --public")
-    config = from_toml(options.config, PublicConfig) if options.config else PublicConfig()
-    run_public(folder, options.output, config)
+    if options.config is not None:
+        config = from_toml(options.config, PublicConfig)
+    else:
+        config = settings_for(folder.resolve().name)
+    if options.seeds != defaults.seeds:
+        config = replace(config, seeds=options.seeds)
+    print_public(run_public(folder, options.output, replace(config, threads=options.processes)))
 
 
 if __name__ == "__main__":
