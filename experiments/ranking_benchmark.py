@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from embeddings.default_tables import ensure_tables
+from experiments.floors import import_lightgbm
 from experiments.ranking_results import EvaluationWeek, VariantResult
 from experiments.ranking_runs import Plan, Run, execute
 from experiments.ranking_table import write_results
@@ -78,6 +79,8 @@ def benchmark_ranking(
     schema = DatasetSchema.load(data)
     has_tables = tables is not None or (data / "relevance.parquet").is_file()
     variants = choose(names, schema, tables=has_tables)
+    if any(variant.learner == "lightgbm" for variant in variants):
+        import_lightgbm()  # tell that it is missing before hours of other runs
     manifest = _requests(data, config)
     config = resolve(config, schema, manifest)
     weeks = sorted(weeks) or default_weeks(schema, manifest)

@@ -123,7 +123,7 @@ class Run:
         try:
             identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
             scores: Floats = np.load(self.folder / _SCORES, allow_pickle=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise BadInputError(
                 f"{self.folder}: not a whole run ({error}); remove it and give the command again"
             ) from error
