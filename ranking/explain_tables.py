@@ -1,10 +1,10 @@
 """What ``importance.json`` says, as tables and sentences."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ranking.attribution_groups import EMBEDDINGS
+from ranking.page import Table
 
 METHODS = ("auc_loss", "log_loss_rise", "integrated_gradients", "feature_ablation")
 TITLES = {
@@ -17,16 +17,6 @@ TITLES = {
 _NOTHING = "–"  # noqa: RUF001
 _SHOWN = 10  # candidates of the explained request on the terminal
 _REASONS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A table of texts; the first column names the row."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
 
 
 def all_tables(document: Mapping[str, Any]) -> list[Table]:
@@ -95,6 +85,22 @@ def request_table(document: Mapping[str, Any]) -> Table:
     note = f"The first {_SHOWN} of {count} candidates." if count > _SHOWN else ""
     header = ["rank", "product", "probability", "clicked", "why (log odds over the request's mean)"]
     return Table(title=request_title(request), header=header, rows=rows, note=note)
+
+
+def contributions_table(document: Mapping[str, Any]) -> Table:
+    """Return every group's contribution to every candidate of the explained request."""
+    names = [group["group"] for group in document["groups"]]
+    rows = [
+        [
+            str(candidate["product_id"]),
+            f"{candidate['probability']:.4f}",
+            "yes" if candidate["clicked"] else "no",
+            *(f"{candidate['contributions'][name]:+.3f}" for name in names),
+        ]
+        for candidate in document["request"]["candidates"]
+    ]
+    header = ["product", "probability", "clicked", *names]
+    return Table(title="All contributions", header=header, rows=rows)
 
 
 def reasons(candidate: Mapping[str, Any], most: int = _REASONS) -> list[tuple[str, float]]:
