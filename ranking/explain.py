@@ -215,6 +215,7 @@ def _results(
             f"{gradients.incompleteness():.1%} of the change of log odds: do not rely on them"
         )
     return {
+        "intervals": "95 %, over users (infinitesimal jackknife) and permutations",
         "groups": rows,
         "agreement": _agreement(values),
         "paper_ranks": {

@@ -41,6 +41,7 @@ def importance_plot(groups: Sequence[Mapping[str, Any]], method: str, label: str
             error_kw={"ecolor": mpl.rcParams["text.color"], "elinewidth": 1, "capsize": 2},
             height=0.7,
         )
+        axes.set_axisbelow(True)
         axes.grid(visible=False, axis="y")
         axes.margins(y=0.01)
         axes.tick_params(axis="y", length=0)

@@ -88,6 +88,7 @@ def test_the_document_has_every_group_by_every_method(explained):
     )
     assert document["requests"] == 70
     assert document["incompleteness"] < 0.05
+    assert document["intervals"].startswith("95 %, over users")
 
 
 def test_what_makes_clicks_likely_counts_most(explained):
