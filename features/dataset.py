@@ -154,7 +154,9 @@ class Dataset:
             purchases=_open_table(folder / PURCHASES, _PURCHASE_KINDS),
             impressions=_open_table(folder / IMPRESSIONS, _impression_kinds(folder, schema)),
         )
-        _check_time_zones(dataset)
+        _check_time_zones(
+            (dataset.purchases, columns.PURCHASED_AT), (dataset.impressions, columns.REQUESTED_AT)
+        )
         return dataset
 
     @property
@@ -177,8 +179,7 @@ class Dataset:
         """
         with reading(self.folder):
             _check_rows(connection, self.catalog, _null_rules(_CATALOG_KINDS))
-            rules = [*_null_rules(_PURCHASE_KINDS), _time_rule(self.purchases, "purchased_at")]
-            _check_rows(connection, self.purchases, rules)
+            check_purchases(connection, self.purchases)
             rules = [*_null_rules(_IMPRESSION_KINDS), _time_rule(self.impressions, "requested_at")]
             rules += [_finite_rule(f) for f in self.schema.features if f.kind == "dense"]
             _check_rows(connection, self.impressions, rules)
@@ -188,6 +189,30 @@ class Dataset:
             _check_unique(connection, self.catalog, (columns.PRODUCT_ID,))
             _check_unique(connection, self.impressions, (columns.REQUEST_ID, columns.PRODUCT_ID))
             _check_requests(connection, self)
+
+
+def open_purchases(path: Path) -> DataTable:
+    """Open purchases that stand by themselves and check their columns; reads metadata only.
+
+    Args:
+        path: a file of the columns of ``purchases.parquet``, or a folder of such files.
+
+    Raises:
+        BadInputError: a file or column is missing, unreadable or of a wrong type.
+    """
+    table = _open_table(path, _PURCHASE_KINDS)
+    _check_time_zones((table, columns.PURCHASED_AT))
+    return table
+
+
+def check_purchases(connection: "duckdb.DuckDBPyConnection", purchases: DataTable) -> None:
+    """Check the contents of purchases, as the module says.
+
+    Raises:
+        BadInputError: the first rule that is broken, with the file, column and row or value.
+    """
+    rules = [*_null_rules(_PURCHASE_KINDS), _time_rule(purchases, columns.PURCHASED_AT)]
+    _check_rows(connection, purchases, rules)
 
 
 @contextmanager
@@ -275,13 +300,10 @@ def _column_types(file: Path, kinds: dict[str, _Kind]) -> dict[str, pa.DataType]
     return types
 
 
-def _check_time_zones(dataset: Dataset) -> None:
-    """Raise where some timestamps carry a time zone and others do not."""
+def _check_time_zones(*timestamps: tuple[DataTable, str]) -> None:
+    """Raise where some timestamps, columns of tables, carry a time zone and others do not."""
     zones: dict[bool, str] = {}
-    for table, column in (
-        (dataset.purchases, columns.PURCHASED_AT),
-        (dataset.impressions, columns.REQUESTED_AT),
-    ):
+    for table, column in timestamps:
         for file in table.files:
             zone = pq.read_schema(file).field(column).type.tz
             zones.setdefault(zone is not None, f"{file}: column '{column}'")
