@@ -1,9 +1,7 @@
 """How much the service takes, how it answers below that, and what it does far above it."""
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,8 @@ import uvloop
 from experiments.load_checks import Check, Part, at_least, at_most, equals, holds
 from experiments.load_connection import Outcome
 from experiments.load_generator import LoadGenerator, Results, fixed_rate, poisson
-from experiments.load_service import Service, memory, processor_s
+from experiments.load_memory import MemoryWatch
+from experiments.load_service import Service
 from experiments.load_setting import LoadConfig, payloads
 from features.console import say
 from features.errors import BadInputError
@@ -27,62 +26,6 @@ _LOWEST_RATE = 0.5
 _STEP = 1.5
 _HALVINGS = 4
 _RECOVERED = 0.95
-_MIB = 1 << 20
-
-
-@dataclass(slots=True, kw_only=True)
-class Watch:
-    """Samples the memory and processor time of the service's workers each second."""
-
-    service: Service
-    seconds: list[float] = field(default_factory=list)
-    resident: list[int] = field(default_factory=list)
-    own: list[int] = field(default_factory=list)
-    workers: tuple[int, ...] = ()
-    _processor: list[float] = field(default_factory=list)
-
-    async def run(self) -> None:
-        """Sample until cancelled."""
-        self.workers = self.service.workers()
-        self._processor = [processor_s(pid) for pid in self.workers]
-        start = time.perf_counter()
-        while True:
-            sizes = [memory(pid) for pid in self.workers]
-            self.seconds.append(time.perf_counter() - start)
-            self.resident.append(sum(size for size, _ in sizes))
-            self.own.append(sum(size for _, size in sizes))
-            await asyncio.sleep(1.0)
-
-    def growth(self) -> float:
-        """Return how much the workers' own memory rose, as a share, after the first fifth.
-
-        What the second fifth of the time held on average, against what the last fifth did: the
-        first fifth is when buffers and queues take what they take at this load.
-        """
-        fifth = max(1, len(self.own) // 5)
-        before = np.mean(self.own[fifth : 2 * fifth] or self.own)
-        return float(np.mean(self.own[-fifth:]) / before - 1)
-
-    def figures(self) -> dict[str, Any]:
-        """Return start, peak, end and slope of all workers' memory, and processor time of each."""
-        used = [processor_s(p) - b for p, b in zip(self.workers, self._processor, strict=True)]
-        return {
-            "worker_pids": list(self.workers),
-            "worker_processor_s": used,
-            "resident_mib": _course(self.seconds, self.resident),
-            "resident_without_mapped_files_mib": _course(self.seconds, self.own),
-            "growth_after_first_fifth": self.growth(),
-        }
-
-
-def _course(seconds: Sequence[float], sizes: Sequence[int]) -> dict[str, float]:
-    """Return start, peak, end, and the slope per minute of the last four fifths, in MiB."""
-    late = len(sizes) // 5
-    slope = 0.0
-    if len(sizes) - late > 1:
-        slope = float(np.polyfit(seconds[late:], sizes[late:], 1)[0]) * 60
-    values = {"start": sizes[0], "peak": max(sizes), "end": sizes[-1], "slope_per_min": slope}
-    return {name: value / _MIB for name, value in values.items()}
 
 
 def rates(
@@ -124,9 +67,11 @@ def rates(
     return rate
 
 
-async def watched(service: Service, generator: LoadGenerator, plan: Any) -> tuple[Results, Watch]:
+async def watched(
+    service: Service, generator: LoadGenerator, plan: Any
+) -> tuple[Results, MemoryWatch]:
     """Offer ``plan`` and sample the workers meanwhile."""
-    watch = Watch(service=service)
+    watch = MemoryWatch(pids=service.workers())
     sampling = asyncio.create_task(watch.run())
     try:
         results = await generator.offer(plan)
@@ -226,7 +171,7 @@ async def overload(
 
 
 def _overload_checks(
-    results: Results, watch: Watch, same_workers: bool, rate: float
+    results: Results, watch: MemoryWatch, same_workers: bool, rate: float
 ) -> tuple[Check, ...]:
     other = len(results.planned) - results.count(200) - results.count(429)
     useful = results.count(200) / max(float(np.nanmax(results.ended)), 1e-9)

@@ -7,8 +7,8 @@ from typing import Any
 
 from features.errors import BadInputError
 
-BY_DESIGN = (429, 503)
-"""Answers of 5xx, and the one beside them, that a busy or stopping service gives on purpose."""
+BY_DESIGN = (429, 503, 504)
+"""Answers that a busy or stopping service gives on purpose; they are counted apart."""
 _SEED = 20240801
 _TIMEOUT_S = 20
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import uvloop
 
-from experiments.load_bodies import GOLDEN, Request
+from experiments.load_bad_exports import BAD
+from experiments.load_bodies import Request
 from experiments.load_checks import Part, at_least, equals
 from experiments.load_generator import LoadGenerator, Results, fixed_rate, quantiles
 from experiments.load_service import Service
@@ -125,7 +126,7 @@ def swaps(config: LoadConfig, rate: float) -> Part:
             "the two would show nothing"
         )
     served = config.output / "served"
-    _point(served, models[0].folder)
+    point(served, models[0].folder)
     with config.service("swaps", bundle=served, options=_POLL) as service:
         offered = max(_LOWEST_RATE, rate * _SHARE)
         run = SwapRun(config=config, service=service, models=models, served=served)
@@ -171,7 +172,7 @@ class SwapRun:
         for number in range(1, self.config.swaps + 1):
             model = self.models[number % 2]
             begun = time.perf_counter()
-            _point(self.served, model.folder)
+            point(self.served, model.folder)
             if offering.done() or not await verdict.until(model.fingerprint):
                 say(f"  swap {number} was not taken up")
                 break
@@ -193,11 +194,11 @@ class SwapRun:
         shutil.copytree(other.folder, bad)
         spoil(bad)
         before = await self._told()
-        _point(self.served, bad)
+        point(self.served, bad)
         noticed = await self._wait_for_failures(before["failed_loads"] + 1)
         kept = await verdict.until(loaded)
         after = await self._told()
-        _point(self.served, mine.folder)
+        point(self.served, mine.folder)
         back = await verdict.until(loaded)
         return {"noticed": noticed, "old_model_kept": kept and back, "said": after["last_error"]}
 
@@ -258,57 +259,12 @@ def _good(found: dict[str, Any]) -> bool:
     return bool(found["noticed"] and found["old_model_kept"])
 
 
-def _point(served: Path, folder: Path) -> None:
+def point(served: Path, folder: Path) -> None:
     """Make ``served`` a link to ``folder``, in one step."""
     scratch = served.with_name(f".{served.name}.next")
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(folder.resolve(), target_is_directory=True)
     scratch.replace(served)
-
-
-def _flipped_byte(folder: Path) -> None:
-    """Spoil one byte in the middle of the largest file."""
-    file = max((f for f in folder.iterdir() if f.is_file()), key=lambda f: f.stat().st_size)
-    with file.open("r+b") as content:
-        content.seek(file.stat().st_size // 2)
-        byte = content.read(1)
-        content.seek(-1, 1)
-        content.write(bytes([byte[0] ^ 0x55]))
-
-
-def _half_a_manifest(folder: Path) -> None:
-    """Leave the first half of the manifest."""
-    file = folder / "manifest.json"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def _no_model(folder: Path) -> None:
-    """Take the model's file away."""
-    (folder / "ranker.pt").unlink()
-
-
-def _other_golden(folder: Path) -> None:
-    """Change what the model must answer, with sums and fingerprint that fit."""
-    file = folder / GOLDEN
-    golden = json.loads(file.read_bytes())
-    scored = next(one for one in golden["requests"] if one["probabilities"])
-    scored["probabilities"][0] = 1 - scored["probabilities"][0] / 2
-    file.write_text(json.dumps(golden))
-    _sign(folder)
-
-
-def _sign(folder: Path) -> None:
-    """Put the sums of the files as they are into the manifest."""
-    raise NotImplementedError
-
-
-BAD: dict[str, Callable[[Path], None]] = {
-    "one byte is another": _flipped_byte,
-    "half a manifest": _half_a_manifest,
-    "no model": _no_model,
-    "golden requests come out otherwise": _other_golden,
-}
-"""Ways to spoil an exported ranker's folder."""
 
 
 def _values(document: Any, key: str) -> list[Any]:

@@ -50,10 +50,10 @@ def test_golden_requests_without_candidates_are_left_out(tmp_path):
         golden_requests(tmp_path)
     for text in ("[]", "{", '{"requests": [1]}'):
         file.write_text(text)
-        with pytest.raises(BadInputError, match="golden.json: not the golden requests"):
+        with pytest.raises(BadInputError, match=r"golden\.json: not the golden requests"):
             golden_requests(tmp_path)
     file.unlink()
-    with pytest.raises(BadInputError, match="golden.json: not the golden requests"):
+    with pytest.raises(BadInputError, match=r"golden\.json: not the golden requests"):
         golden_requests(tmp_path)
 
 
