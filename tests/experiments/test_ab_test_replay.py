@@ -101,7 +101,7 @@ def test_many_tests_of_many_users_keep_their_promises(lift):
     assert found["held"] == pytest.approx(0.95, abs=0.035)  # 3 standard errors
     assert found["mean_lift"] == pytest.approx(lift, abs=4 * found["standard_error"])
     if lift == 0:  # two answers to one question
-        assert found["rejected"] == pytest.approx(1 - found["held"], abs=0.01)
+        assert found["rejected"] == pytest.approx(1 - found["held"], abs=0.02)
 
 
 def test_weeks_must_be_there(tiny_requests, tmp_path, capsys):
