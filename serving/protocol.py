@@ -120,9 +120,9 @@ def read_request(body: bytes, limits: Limits) -> dict[str, Any]:
 
 
 def _refused(error: ValidationError) -> RefusedError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
-        return RefusedError(400, "bad_json", f"The body is not JSON: {first['msg'].lower()}.")
+        return RefusedError(400, "bad_json", f"The body is not JSON: {first['ctx']['error']}.")
     place = ".".join(str(part) for part in first["loc"])
     return invalid(f"{place or 'the body'}: {first['msg'].lower()}")
 

@@ -1,0 +1,149 @@
+"""The parent process: binds the socket, keeps the workers alive, and ends them in order.
+
+uvicorn's supervisor with spawned workers that accept from one shared socket. Here it also says when
+the service is ready, keeps the old workers where a new one cannot start, and lets go of its own
+copy of the socket at the stop: uvicorn keeps it, and who connects during the stop would wait for
+workers that do not listen any more.
+"""
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from prometheus_client.multiprocess import mark_process_dead
+from uvicorn import Config
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
+
+from features.console import stdout
+from features.errors import BadInputError
+from serving.server_config import API_KEY_VARIABLE, FAILURE_VARIABLE, ServerConfig, api_key
+from serving.server_log import LOG_CONFIG
+from serving.server_metrics import FOLDER_VARIABLE
+
+_LOST = "a worker ended before it was ready; its log lines above say more"
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than load balancers keep theirs, so that they close first
+_STOP_S = 30
+_HANGING_S = 60  # without an answer to the parent; loading a large export keeps Python busy
+_TRY_AGAIN_S = 5.0
+
+_log = logging.getLogger("serving.server")
+
+
+def serve(config: ServerConfig) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        BadInputError: a setting makes no sense, the address cannot be had, or the workers cannot
+            load what they are told to serve.
+    """
+    config.check()
+    listening = _bind(config)
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    with tempfile.TemporaryDirectory(prefix="serve-ranker-") as scratch:
+        failure = Path(scratch) / "failure"
+        os.environ[FOLDER_VARIABLE] = scratch
+        os.environ[FAILURE_VARIABLE] = str(failure)
+        os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core: threads would only wait for cores
+        config.to_environment()
+        supervisor = Supervisor(_uvicorn(config), listening, address)
+        _log.info("starting %d workers for %s on %s", config.workers, config.bundle, address)
+        if not config.loopback and api_key() is None:
+            _log.warning("anybody who reaches %s may ask: set %s", address, API_KEY_VARIABLE)
+        supervisor.run()
+        if supervisor.failed:
+            raise BadInputError(failure.read_text(encoding="utf-8") if failure.exists() else _LOST)
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    """Return a listening socket.
+
+    It listens from the start, so that no other process can take the port while workers load.
+    """
+    try:
+        found = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise BadInputError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}"
+        ) from None
+
+
+def _uvicorn(config: ServerConfig) -> Config:
+    return Config(
+        "serving.worker:from_environment",
+        factory=True,
+        workers=config.workers,
+        loop="uvloop",
+        http="serving.connection:Connection",
+        ws="none",
+        lifespan="on",
+        log_config=LOG_CONFIG,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_STOP_S,
+        timeout_worker_healthcheck=_HANGING_S,
+    )
+
+
+class Supervisor(Multiprocess):
+    """uvicorn's supervisor, with the changes that this module's docstring names.
+
+    Attributes:
+        failed: whether the service never became ready, since a worker could not start.
+    """
+
+    def __init__(self, config: Config, listening: socket.socket, address: str) -> None:
+        super().__init__(config, [listening])
+        self.failed = False
+        self._address = address
+        self._ready = False
+        self._try_again_at = 0.0
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace workers that have ended or hang."""
+        for place, process in enumerate(self.processes):
+            if self.should_exit.is_set():
+                return
+            if not process.is_alive(timeout=self.config.timeout_worker_healthcheck):
+                self._replace(place, process)
+        if not self._ready and all(process.is_ready(timeout=1) for process in self.processes):
+            self._ready = True
+            stdout.print(f"ready: {self._address}", highlight=False, soft_wrap=True)
+
+    def _replace(self, place: int, process: Process) -> None:
+        if time.monotonic() < self._try_again_at:
+            return
+        process.kill()
+        process.join()
+        if not self._ready and process.exitcode == STARTUP_FAILURE:
+            self.failed = True
+            self.should_exit.set()
+            return
+        assert process.pid is not None
+        mark_process_dead(process.pid)
+        _log.error(
+            "worker %d ended with status %s; starting another", process.pid, process.exitcode
+        )
+        if process.exitcode == STARTUP_FAILURE:
+            self._try_again_at = time.monotonic() + _TRY_AGAIN_S
+        self.processes[place] = Process(self.config, self.sockets)
+        self.processes[place].start()
+
+    def terminate_all(self) -> None:
+        """Ask the workers to stop; who connects from now on is refused."""
+        for listening in self.sockets:
+            listening.close()
+        super().terminate_all()
