@@ -40,6 +40,19 @@ def hash_strings(strings: pa.Array) -> np.ndarray:
     return ids
 
 
+def hash_text(text: str) -> int:
+    """Return what `hash_strings` gives for one string: faster for one, slower for many.
+
+    Raises:
+        UnicodeEncodeError: the text has half of a surrogate pair.
+    """
+    found = int(_FNV_OFFSET)
+    prime = int(_FNV_PRIME)
+    for byte in text.encode():
+        found = ((found ^ byte) * prime) & 0xFFFFFFFFFFFFFFFF
+    return found - (1 << 64) if found >> 63 else found
+
+
 class IdMap(nn.Module):
     """Maps int64 ids to rows 1 … N in the order given, and every other id to row 0.
 

@@ -30,7 +30,35 @@ from ranking.pretrained_embeddings import (
 from ranking.towers import CrossTower, EmbeddingTower, SplitInput, linear_of_parts
 
 
-class Ranker(nn.Module):
+class DenseLayers(nn.Module):
+    """The dense layers of a ranker: both towers and the head over them. A subclass makes them."""
+
+    dcn_tower: CrossTower
+    embedding_tower: EmbeddingTower | None
+    joint: nn.Linear
+    head: nn.Sequential
+
+    def dense(self, inputs: dict[str, Tensor], request_c: Tensor) -> Tensor:
+        """Return the logits [C] of what was looked up.
+
+        Args:
+            inputs: ``request`` [B, F_r], ``candidate`` [C, F_c]; with the embedding tower also
+                ``product`` [C, E], ``query`` [B, E] and, where used, ``history`` [B, E] and
+                ``history_counts`` [C, K].
+            request_c: [C] int64, the request that each candidate belongs to, ascending.
+        """
+        candidate = inputs["candidate"]
+        if "history_counts" in inputs:
+            candidate = torch.cat([candidate, inputs["history_counts"]], dim=1)
+        parts = self.dcn_tower(SplitInput(candidate, inputs["request"], request_c))
+        if self.embedding_tower is not None:
+            context = {name: inputs[name] for name in self.embedding_tower.context}
+            parts += self.embedding_tower(inputs["product"], context, request_c)
+        hidden = linear_of_parts(self.joint, parts)
+        return self.head(hidden).squeeze(1)
+
+
+class Ranker(DenseLayers):
     """Two-tower DCN ranker over request batches (the paper's Section 4.2, Figure 3).
 
     What belongs to the user or the query is looked up and pooled once a request, then spread over
@@ -74,7 +102,7 @@ class Ranker(nn.Module):
         self.dcn_tower = CrossTower(inputs, config.cross_layers, config.cross_rank, config.deep)
         width = self.dcn_tower.width
         self.pretrained: PretrainedEmbeddingBagCollection | None = None
-        self.embedding_tower: EmbeddingTower | None = None
+        self.embedding_tower = None
         if config.embedding_tower:
             assert tables is not None, "the embedding tower reads tables"
             self.pretrained = _pretrained_tables(config, tables, table_learning_rate)
@@ -169,23 +197,6 @@ class Ranker(nn.Module):
         if self.history_counts is not None:
             found["history_counts"] = self.history_counts(self.pretrained, batch)
         return found
-
-    def dense(self, inputs: dict[str, Tensor], request_c: Tensor) -> Tensor:
-        """Return the logits [C] of what was looked up.
-
-        Args:
-            inputs: of `trained_lookups` and `frozen_lookups`.
-            request_c: [C] int64, the request that each candidate belongs to, ascending.
-        """
-        candidate = inputs["candidate"]
-        if self.history_counts is not None:
-            candidate = torch.cat([candidate, inputs["history_counts"]], dim=1)
-        parts = self.dcn_tower(SplitInput(candidate, inputs["request"], request_c))
-        if self.embedding_tower is not None:
-            context = {name: inputs[name] for name in self.embedding_tower.context}
-            parts += self.embedding_tower(inputs["product"], context, request_c)
-        hidden = linear_of_parts(self.joint, parts)
-        return self.head(hidden).squeeze(1)
 
     def replace_tables(self, tables: Mapping[str, PretrainedTable]) -> None:
         """Put other frozen tables of the same dimension in place of the current ones."""
