@@ -14,6 +14,7 @@ namespace {
 
 using nlohmann::json;
 
+constexpr int kFormat = 1;
 constexpr const char* kModel = "ranker.pt";
 
 std::string sha256(const std::filesystem::path& path) {
@@ -63,6 +64,10 @@ ExportedFolder open_exported(const std::filesystem::path& folder) {
   std::string expected;
   try {
     const json manifest = json::parse(file);
+    if (manifest.at("format") != kFormat) {
+      throw BadInput(path.string() + ": this program reads format " + std::to_string(kFormat) +
+                     ", got " + manifest["format"].dump());
+    }
     const json& inputs = manifest.at("inputs");
     exported.inputs = {parse_features(inputs.at("request")),
                        parse_features(inputs.at("candidate"))};

@@ -73,13 +73,9 @@ struct Ranker::Module {
 Ranker::Ranker(const std::filesystem::path& model) {
   at::set_num_threads(1);
   at::set_num_interop_threads(1);
-  // The profiling executor compiles anew for sizes that it has not met, in the middle of a request.
-  torch::jit::getExecutorMode() = false;
-  torch::jit::getProfilingMode() = false;
   c10::InferenceMode guard;
   try {
     module_ = std::make_unique<Module>(Module{torch::jit::load(model.string(), at::kCPU)});
-    module_->module.eval();
   } catch (const std::exception& error) {
     const std::string why = reason(error);
     const bool operators = why.find("Unknown builtin op") != std::string::npos;
@@ -92,6 +88,8 @@ Ranker::~Ranker() = default;
 
 std::vector<float> Ranker::score(const Request& request) {
   c10::InferenceMode guard;
+  // Else libtorch compiles anew for shapes that it has not met, in the middle of a request.
+  torch::jit::GraphOptimizerEnabledGuard no_specialising(false);
   const std::vector<std::int64_t> lengths{static_cast<std::int64_t>(request.products.size())};
   const std::vector<std::int64_t> purchases{static_cast<std::int64_t>(request.history.size())};
   at::Tensor probabilities;

@@ -37,9 +37,15 @@ void check_keys(const std::string& where, const json& object,
   }
 }
 
-const json& need(const std::string& where, const json& object, const char* key) {
+// Returns the value of a key, or nullptr where it is left out or null, which are the same.
+const json* find(const json& object, const char* key) {
   const auto found = object.find(key);
-  if (found == object.end()) throw BadInput(where + ": '" + key + "' is missing");
+  return found == object.end() || found->is_null() ? nullptr : &*found;
+}
+
+const json& need(const std::string& where, const json& object, const char* key) {
+  const json* found = find(object, key);
+  if (found == nullptr) throw BadInput(where + ": '" + key + "' is missing");
   return *found;
 }
 
@@ -131,8 +137,8 @@ const Feature& find_feature(const std::string& where, const std::vector<Feature>
 
 const json& features_of(const std::string& where, const json& object) {
   static const json nothing = json::object();
-  const auto found = object.find("features");
-  if (found == object.end()) return nothing;
+  const json* found = find(object, "features");
+  if (found == nullptr) return nothing;
   if (!found->is_object()) refuse(where, "an object", *found);
   return *found;
 }
@@ -152,6 +158,7 @@ void add_candidates(const json& candidates, const std::vector<Feature>& known, R
   const std::string prefix = where + ".features";
   for (const auto& [name, column] : features_of(prefix, candidates).items()) {
     const Feature& feature = find_feature(prefix, known, name);
+    if (column.is_null()) continue;
     const std::string path = prefix + "." + name;
     const json::array_t& values = list(path, column);
     if (values.size() != request.products.size()) {
@@ -166,21 +173,21 @@ void add_candidates(const json& candidates, const std::vector<Feature>& known, R
 }  // namespace
 
 Request parse_request(const json& json, const InputSpec& inputs) {
-  if (!json.is_object()) refuse("a request", "an object", json);
-  check_keys("a request", json,
+  if (!json.is_object()) refuse("the request", "an object", json);
+  check_keys("the request", json,
              {"query", "user_id", "history", "history_age_days", "features", "candidates"});
   Request request;
-  const auto& query = need("a request", json, "query");
+  const auto& query = need("the request", json, "query");
   if (!query.is_string()) refuse("query", "a string", query);
   request.query = query.get<std::string>();
-  if (json.contains("user_id")) integer("user_id", json["user_id"]);  // the model does not read it
-  if (json.contains("history")) request.history = integers("history", json["history"]);
+  if (const auto* user = find(json, "user_id")) integer("user_id", *user);  // no model reads it
+  if (const auto* history = find(json, "history")) request.history = integers("history", *history);
   request.history_age.resize(request.history.size());
-  if (json.contains("history_age_days")) {
-    request.history_age = ages("history_age_days", json["history_age_days"], request.history.size());
+  if (const auto* age = find(json, "history_age_days")) {
+    request.history_age = ages("history_age_days", *age, request.history.size());
   }
   add_request_features(json, inputs.request, request);
-  add_candidates(need("a request", json, "candidates"), inputs.candidate, request);
+  add_candidates(need("the request", json, "candidates"), inputs.candidate, request);
   return request;
 }
 
