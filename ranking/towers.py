@@ -196,7 +196,5 @@ def cosine_similarities(product_ce: Tensor, context_kbe: Tensor, request_c: Tens
     A zero vector (an unknown product or query, an empty history) has cosine 0 with everything.
     """
     product = F.normalize(product_ce, dim=1)
-    context = F.normalize(context_kbe, dim=2)
-    return torch.stack(
-        [(product * vectors.index_select(0, request_c)).sum(1) for vectors in context], dim=1
-    )
+    context_kce = F.normalize(context_kbe, dim=2).index_select(1, request_c)
+    return (product * context_kce).sum(2).t()

@@ -47,6 +47,7 @@ class EmbeddingTable(nn.Module):
     """
 
     weight: Tensor  # float32: [N, D]; else the rows as uint8, [N * row_bytes]
+    padding: Tensor  # 2 zeros
 
     def __init__(self, weight: Tensor, dtype: TableDtype) -> None:
         super().__init__()
@@ -62,6 +63,7 @@ class EmbeddingTable(nn.Module):
             self.register_buffer("start", torch.zeros(1, dtype=torch.int64))
             self.register_buffer("dims", torch.tensor([0, self.dim], dtype=torch.int32))
             self.register_buffer("nothing", torch.empty(0, dtype=torch.uint8))
+            self.register_buffer("padding", torch.zeros(2, dtype=torch.int32))
 
     def number_of_rows(self) -> int:
         """Return N."""
@@ -74,8 +76,8 @@ class EmbeddingTable(nn.Module):
         """Return the mean [B, D] float32 of each bag; of an empty one, zeros.
 
         Args:
-            rows: [L] int64, each within the table: nothing checks it.
-            offsets: [B + 1] int64, where each bag begins; the last one is L. B is 1 or more.
+            rows: [L] int32, each within the table: nothing checks it.
+            offsets: [B + 1] int32, where each bag begins; the last one is L. B is 1 or more.
         """
         if self.dtype == "float32":
             return F.embedding_bag(
@@ -108,8 +110,8 @@ class EmbeddingTable(nn.Module):
             return self.weight.index_select(0, rows)
         # The lookup fails on no bag at all: a bag more is read and left out. Two rows are added so
         # that the offsets are as many as the rows, which spares arithmetic on sizes.
-        padded = F.pad(rows, [0, 2])
-        return self(padded, torch.arange(padded.shape[0]))[:-1]
+        padded = torch.cat([rows, self.padding])
+        return self(padded, torch.arange(padded.shape[0], dtype=torch.int32))[:-1]
 
 
 def _packed(weight: Tensor, dtype: TableDtype) -> Tensor:

@@ -126,8 +126,8 @@ def table_place(path: Path, table: Tensor) -> dict[str, int]:
     Raises:
         ValueError: no record holds it.
     """
-    reader = torch._C.PyTorchFileReader(str(path))
-    content = memoryview(table.contiguous().view(-1).view(torch.uint8).numpy())
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    content = table.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     for record in reader.get_all_records():
         if reader.get_record_size(record) == table.nbytes and reader.get_record(record) == content:
             return {"offset": reader.get_record_offset(record), "bytes": table.nbytes}

@@ -10,7 +10,7 @@ sparse and ``D`` dense features of one level, ``N`` its records (``B`` or ``C``)
 the pretrained embeddings, ``K`` history counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from features.id_map import IdMap
 from features.transforms import LevelTransforms
-from ranking.encoded import offsets
 from ranking.history import HistoryCounts
 from ranking.pretrained_embeddings import (
     FusedEmbeddingBagCollection,
@@ -30,46 +29,43 @@ from serving.embedding_table import EmbeddingTable, TableDtype
 
 
 class IdMaps(nn.Module):
-    """Several `features.id_map.IdMap` looked up at once.
+    """Several `features.id_map.IdMap` looked up at once, into rows of their tables end to end.
+
+    Each map's rows are a block whose first row belongs to unknown ids.
 
     Args:
-        maps: S maps.
+        maps: S maps, 1 or more.
     """
 
-    slots: Tensor  # int32, the maps' slots end to end
-    ids: Tensor  # int64, the maps' ids end to end
+    slots: Tensor  # int32 rows, the maps' slots end to end
+    ids: Tensor  # [rows] int64
     multipliers: Tensor  # [2, 1, 1] int64
-    shift: Tensor  # [S, 1] int64, as are the next three
+    shift: Tensor  # [S, 1] int64, as are the next two
     mask: Tensor
     first_slot: Tensor
-    first_id: Tensor
+    unknown: Tensor  # [S, 1] int32
 
     def __init__(self, maps: Sequence[IdMap]) -> None:
         super().__init__()
-        self.number = len(maps)
         slots = [m.get_buffer("slots") for m in maps]
         ids = [m.get_buffer("ids") for m in maps]
-        multipliers = torch.tensor(maps[0].multipliers if maps else (0, 0))
-        self.register_buffer(
-            "slots", torch.cat(slots) if maps else torch.zeros(1, dtype=torch.int32)
-        )
-        self.register_buffer("ids", torch.cat(ids) if maps else torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("multipliers", multipliers.view(2, 1, 1))
-        columns = {
-            "shift": [m.shift for m in maps],
-            "mask": [len(s) - 1 for s in slots],
-            "first_slot": _starts([len(s) for s in slots]),
-            "first_id": _starts([len(i) for i in ids]),
-        }
-        for name, numbers in columns.items():
-            self.register_buffer(name, torch.tensor(numbers, dtype=torch.int64).view(-1, 1))
+        unknown = starts(len(i) for i in ids)
+        blocks = [s + first for s, first in zip(slots, unknown, strict=True)]
+        self.register_buffer("slots", torch.cat(blocks))
+        self.register_buffer("ids", torch.cat(ids))
+        self.register_buffer("multipliers", torch.tensor(maps[0].multipliers).view(2, 1, 1))
+        self.register_buffer("shift", _column([m.shift for m in maps]))
+        self.register_buffer("mask", _column([len(s) - 1 for s in slots]))
+        self.register_buffer("first_slot", _column(starts(len(s) for s in slots)))
+        self.register_buffer("unknown", _column(unknown).int())
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows (int64 [S, N]) of raw ids [S, N], each by its own map."""
+        """Return the rows (int32 [S, N]) of raw ids (int64 [S, N]), each by its own map."""
         slots = ((ids * self.multipliers) >> self.shift).bitwise_and(self.mask) + self.first_slot
-        rows = self.slots.index_select(0, slots.view(-1)).view_as(slots)  # [2, S, N]
-        found = self.ids.index_select(0, (rows + self.first_id).view(-1)).view_as(slots)
-        return torch.where(found == ids, rows, 0).amax(0).long()
+        rows = self.slots.index_select(0, slots.view(-1))
+        found = self.ids.index_select(0, rows).view_as(slots)  # [2, S, N]
+        # A map's unknown row is the least of its rows.
+        return torch.where(found == ids, rows.view_as(slots), self.unknown).amax(0)
 
 
 class LevelInputs(nn.Module):
@@ -81,10 +77,10 @@ class LevelInputs(nn.Module):
         dtype: how the tables are kept.
     """
 
-    boundaries: Tensor
-    mean: Tensor
-    scale: Tensor
-    first_row: Tensor  # [T, 1] int64, where each of T tables begins
+    boundaries: Tensor  # [D, bins], the last one +inf: a missing value (NaN) comes after all
+    first_bin: Tensor  # [D, 1] int32, where the bins of each dense feature begin in the table
+    shift: Tensor  # [D, 1]
+    scale: Tensor  # [D, 1]
 
     def __init__(
         self,
@@ -93,18 +89,19 @@ class LevelInputs(nn.Module):
         dtype: TableDtype,
     ) -> None:
         super().__init__()
-        self.maps = IdMaps([m for m in transforms.vocabularies if isinstance(m, IdMap)])
-        self.bins = transforms.boundaries.shape[1] > 0
-        self.register_buffer("boundaries", transforms.boundaries)
-        self.register_buffer("mean", transforms.mean[:, None])
+        maps = [m for m in transforms.vocabularies if isinstance(m, IdMap)]
+        self.maps = IdMaps(maps) if maps else None
+        self.bins = transforms.boundaries.shape[1] > 0 and len(transforms.dense) > 0
+        last = torch.full((len(transforms.dense), 1), torch.inf)
+        self.register_buffer("boundaries", torch.cat([transforms.boundaries, last], dim=1))
         self.register_buffer("scale", 1 / transforms.std[:, None])
+        self.register_buffer("shift", -transforms.mean[:, None] * self.scale)
         sizes = list(transforms.tables.values())
-        self.register_buffer("first_row", torch.tensor(_starts(sizes)).view(-1, 1))
+        firsts = starts(sizes)[len(maps) :] if self.bins else []
+        self.register_buffer("first_bin", _column(firsts).int())
         self.table: EmbeddingTable | None = None
         if embeddings is not None:
-            state = embeddings.state_dict()
-            weights = [state[f"embedding_bags.{name}.weight"] for name in transforms.tables]
-            self.table = EmbeddingTable(torch.cat(weights), dtype)
+            self.table = EmbeddingTable(_table(transforms, embeddings, len(maps)), dtype)
             self.width = len(sizes) * self.table.dim
 
     def forward(self, ids: Tensor, values: Tensor) -> Tensor:
@@ -114,17 +111,36 @@ class LevelInputs(nn.Module):
             ids: [S, N] int64 raw ids.
             values: [D, N] float32, NaN where missing.
         """
-        missing = values.isnan()
-        scaled = (values.sign() * values.abs().log1p() - self.mean) * self.scale
-        dense = scaled.masked_fill(missing, 0.0).t()
+        logs = values.abs().log1p().copysign(values)
+        dense = torch.addcmul(self.shift, logs, self.scale).nan_to_num(0.0).t()
         if self.table is None:
             return dense.contiguous()
-        rows = self.maps(ids) if self.maps.number else ids
+        rows = [] if self.maps is None else [self.maps(ids)]
         if self.bins:
-            bins = torch.searchsorted(self.boundaries, values) + 1
-            rows = torch.cat([rows, bins.masked_fill(missing, 0)])
-        rows = (rows + self.first_row).t().reshape(-1)
-        return torch.cat([self.table.each(rows).view(-1, self.width), dense], dim=1)
+            bins = torch.searchsorted(self.boundaries, values, out_int32=True)
+            rows.append(bins + self.first_bin)
+        flat = (torch.cat(rows) if len(rows) > 1 else rows[0]).t().reshape(-1)
+        return torch.cat([self.table.each(flat).view(-1, self.width), dense], dim=1)
+
+
+def _table(
+    transforms: LevelTransforms, embeddings: FusedEmbeddingBagCollection, vocabularies: int
+) -> Tensor:
+    """Return all tables end to end; those of bins with the missing value's row at their end."""
+    state = embeddings.state_dict()
+    weights = [state[f"embedding_bags.{name}.weight"] for name in transforms.tables]
+    bins = [torch.cat([weight[1:], weight[:1]]) for weight in weights[vocabularies:]]
+    return torch.cat([*weights[:vocabularies], *bins])
+
+
+def starts(sizes: Iterable[int]) -> list[int]:
+    """Return where each of some lists laid end to end begins."""
+    ends = list(accumulate(sizes))
+    return [0, *ends[:-1]] if ends else []
+
+
+def _column(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64).view(-1, 1)
 
 
 class OnlineRanker(DenseLayers):
@@ -206,6 +222,8 @@ class PretrainedInputs(nn.Module):
         dtype: how the tables are kept.
     """
 
+    zero: Tensor  # [1] int64
+
     def __init__(
         self,
         tables: PretrainedEmbeddingBagCollection,
@@ -216,12 +234,12 @@ class PretrainedInputs(nn.Module):
         super().__init__()
         self.reads_history = reads_history
         self.counts = counts
-        for name in ("product", "query"):
-            id_map = tables.id_maps[name]
-            assert isinstance(id_map, IdMap)
-            self.add_module(f"{name}_map", IdMaps([id_map]))
-            weight = tables.embedding_bags[name].get_buffer("weight")
-            self.add_module(name, EmbeddingTable(weight, dtype))
+        self.product_map = _map(tables, "product")
+        self.query_map = _map(tables, "query")
+        bags = tables.embedding_bags
+        self.product = EmbeddingTable(bags["product"].get_buffer("weight"), dtype)
+        self.query = EmbeddingTable(bags["query"].get_buffer("weight"), dtype)
+        self.register_buffer("zero", torch.zeros(1, dtype=torch.int64))
 
     def forward(
         self,
@@ -248,12 +266,13 @@ class PretrainedInputs(nn.Module):
             return found | {"product": self.product.each(rows)}
         number = product.shape[0]
         rows = self.product_map(torch.cat([product, history]).unsqueeze(0)).view(-1)
-        bags = offsets(history_lengths)
         if self.counts is None:  # candidates and histories are bags of one lookup
-            pooled = self.product(rows, torch.cat([torch.arange(number), bags + number]))
+            sizes = torch.cat([self.zero, torch.ones_like(product), history_lengths])
+            pooled = self.product(rows, sizes.cumsum(0, dtype=torch.int32))
             return found | {"product": pooled[:number], "history": pooled[number:]}
         vectors = self.product.each(rows)
         request_h = torch.repeat_interleave(history_lengths, output_size=history.shape[0])
+        bags = torch.cat([self.zero, history_lengths]).cumsum(0)
         return found | {
             "product": vectors[:number],
             "history": means(vectors[number:], bags),
@@ -261,6 +280,12 @@ class PretrainedInputs(nn.Module):
                 self.counts, vectors, rows > 0, history_age, request_c, request_h
             ),
         }
+
+
+def _map(tables: PretrainedEmbeddingBagCollection, name: str) -> IdMaps:
+    id_map = tables.id_maps[name]
+    assert isinstance(id_map, IdMap)
+    return IdMaps([id_map])
 
 
 def means(vectors_he: Tensor, bags: Tensor) -> Tensor:
@@ -293,8 +318,3 @@ def _count(
     windows = torch.stack([age < days for days in counts.windows], dim=1).float()
     sums = [(((away * beta).exp() * own) @ windows) for beta in counts.sharpness]
     return torch.cat(sums, dim=1).log1p() * known[:number, None]
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    """Return where each of some lists laid end to end begins."""
-    return [0, *accumulate(sizes)][: len(sizes)]

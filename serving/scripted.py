@@ -11,8 +11,6 @@ from serving.inputs import InputSpec
 from serving.online_ranker import OnlineRanker
 from serving.raw_requests import tensors_of
 
-_TABLES = ("product", "query")
-
 
 def scripted(
     online: OnlineRanker, example: RequestBatch, inputs: InputSpec
@@ -39,8 +37,8 @@ def large_tables(online: OnlineRanker) -> dict[str, Tensor]:
     """
     if online.pretrained is None:
         return {}
-    parts = online.pretrained
-    return {f"core.pretrained.{n}.weight": parts.get_submodule(n).weight for n in _TABLES}
+    tables = {"product": online.pretrained.product, "query": online.pretrained.query}
+    return {f"core.pretrained.{name}.weight": table.weight for name, table in tables.items()}
 
 
 def fnv1a(text: str) -> int:
