@@ -43,6 +43,8 @@ QUERY_EMBEDDING = "query embedding"
 PRODUCT_EMBEDDING = "product embedding"
 PURCHASE_HISTORY = "purchase history"
 
+_NO_EMBEDDINGS = "dcn"
+
 CONTRIBUTIONS_ARE = "log odds with the group less log odds without it"
 _SURE = (1e-12, 1 - 1e-7)  # beyond these bounds a float32 probability is rounding
 
@@ -64,13 +66,18 @@ class Group:
     row: int = 0
 
 
-def groups_of(inputs: "InputSpec") -> tuple[Group, ...]:
-    """Return the groups of a ranker: embeddings, history, then each feature by itself."""
-    made = [
-        Group(QUERY_EMBEDDING, None, "request"),
-        Group(PRODUCT_EMBEDDING, None, "candidate"),
-        Group(PURCHASE_HISTORY, None, "request"),
-    ]
+def groups_of(inputs: "InputSpec", *, embeddings: bool) -> tuple[Group, ...]:
+    """Return the groups of a ranker: embeddings and history, then each feature by itself.
+
+    Args:
+        inputs: the features that it reads.
+        embeddings: whether it reads embeddings of query, product and purchase history.
+    """
+    made = []
+    if embeddings:
+        made.append(Group(QUERY_EMBEDDING, None, "request"))
+        made.append(Group(PRODUCT_EMBEDDING, None, "candidate"))
+        made.append(Group(PURCHASE_HISTORY, None, "request"))
     levels: tuple[tuple[Level, Any], ...]
     levels = (("request", inputs.request), ("candidate", inputs.candidate))
     for level, of_level in levels:
@@ -89,23 +96,25 @@ def explain(ranker: "ExportedRanker", request: Mapping[str, Any]) -> dict[str, A
         request: as it is scored, with the purchase history that was looked up for it.
 
     Returns:
-        ``model``, the ranker's fingerprint; ``groups`` [G] names; for C candidates in the request's order ``probabilities`` [C],
-        ``contributions`` and ``over_mean`` [C][G] in log odds, ``values`` [C][G] as given (of the
-        history the number of purchases); ``history`` with ``product_ids`` and ``age_days``, or
-        null where the request has no ages; and what ``contributions_are``.
+        ``model``, the ranker's fingerprint; ``groups`` [G] names; for C candidates in the
+        request's order ``probabilities`` [C], ``contributions`` and ``over_mean`` [C][G] in log
+        odds, ``values`` [C][G] as given (of the history the number of purchases); ``history``
+        with ``product_ids`` and ``age_days``, null where the request has no ages; and what
+        ``contributions_are``.
 
     Raises:
         BadInputError: the request breaks a rule.
     """
-    groups = groups_of(ranker.manifest.inputs)
-    batch = to_batch([request], ranker.manifest.inputs)
+    manifest = ranker.manifest
+    groups = groups_of(manifest.inputs, embeddings=manifest.model != _NO_EMBEDDINGS)
+    batch = to_batch([request], manifest.inputs)
     probabilities = ranker.score(occluded(batch, groups)).reshape(1 + len(groups), -1)
     log_odds = _log_odds(probabilities)
     contributions = (log_odds[0] - log_odds[1:]).T
     # A request without candidates has no mean.
     over_mean = contributions - contributions.sum(axis=0) / max(len(contributions), 1)
     return {
-        "model": ranker.manifest.fingerprint,
+        "model": manifest.fingerprint,
         "groups": [group.name for group in groups],
         "probabilities": probabilities[0].tolist(),
         "contributions": contributions.round(6).tolist(),

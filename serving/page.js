@@ -36,20 +36,16 @@ async function loadExamples() {
   }
   const queries = new Set(examples.map(({ request }) => request.query));
   find("queries").replaceChildren(...[...queries].map((value) => element("option", { value })));
-  const options = examples.map(({ request }, value) =>
-    element("option", { value }, exampleName(request)),
-  );
+  const options = examples.map(({ name, request }, value) => {
+    const number = count(request.candidates.product_id.length, "candidate");
+    return element("option", { value }, `${name}: ${request.query || "(empty)"}, ${number}`);
+  });
   find("example").replaceChildren(element("option", { value: "" }, "None"), ...options);
   find("example-row").hidden = examples.length === 0;
   showContext({});
   const untouched = !find("query").value && !find("candidates").value;
   if (examples.length && untouched) useExample(0);
   else noteCandidates();
-}
-
-function exampleName({ query, user_id: user, candidates }) {
-  const who = user === undefined || user === null ? "no user" : `user ${user}`;
-  return `${query || "(empty)"} · ${who} · ${count(candidates.product_id.length, "candidate")}`;
 }
 
 function learnFeatures({ product_id: ids, features: columns }) {
@@ -196,6 +192,7 @@ function showProblem(error) {
     find(error.field).setAttribute("aria-invalid", "true");
     find(error.field).focus();
   }
+  find("problem").scrollIntoView({ block: "nearest" });
 }
 
 // ---- events

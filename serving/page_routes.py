@@ -64,8 +64,8 @@ def _answer(content: bytes, media_type: str) -> "Callable[[Request], Awaitable[R
 def examples(ranker: "ExportedRanker") -> dict[str, Any]:
     """Return the answer of ``/v1/examples``: requests that the page suggests.
 
-    They are the exported ranker's golden requests, each ``{"request", "titles"}`` with the
-    candidates' titles, or null; beside them the features that the ranker reads.
+    They are the exported ranker's golden requests, each ``{"name", "request", "titles"}`` with
+    the candidates' titles, or null; beside them the features that the ranker reads.
     """
     inputs = ranker.manifest.inputs
     return {
@@ -74,6 +74,7 @@ def examples(ranker: "ExportedRanker") -> dict[str, Any]:
             for level, of_level in (("request", inputs.request), ("candidate", inputs.candidate))
         },
         "examples": [
-            {"request": golden.request, "titles": golden.titles} for golden in ranker.golden
+            {"name": golden.name, "request": golden.request, "titles": golden.titles}
+            for golden in ranker.golden
         ],
     }
