@@ -20,7 +20,8 @@
 namespace dashclip {
 namespace {
 
-constexpr const char* kHelp = R"(usage: dashclip-rank [--operators LIBRARY]... [--repeat N] FOLDER [REQUESTS]
+constexpr const char* kHelp =
+    R"(usage: dashclip-rank [--operators LIBRARY]... [--repeat N] FOLDER [REQUESTS]
 
 Scores search requests with an exported ranker and prints, for each of them, one line
 {"probabilities": [...], "order": [...]}: the probability of a click on each candidate, and the
