@@ -170,8 +170,6 @@ class OnlineRanker(DenseLayers):
         self.embedding_tower = ranker.embedding_tower
         self.joint = ranker.joint
         self.head = ranker.head
-        self.requires_grad_(False)
-        self.eval()
 
     def forward(
         self,
