@@ -117,9 +117,9 @@ function readRequest() {
 }
 
 function readHistory() {
-  const parts = words("history").map((text) => text.split(":"));
+  const parts = words("history").map((text) => text.match(/^([^:]*)(?::(.*))?$/).slice(1));
   const read = (text) => readInteger(text, "history", "Purchase history");
-  const aged = parts.filter((part) => part.length > 1).length;
+  const aged = parts.filter(([, days]) => days !== undefined).length;
   if (aged && aged < parts.length) {
     throw new Problem("Purchase history: give days for all purchases or for none.", "history");
   }

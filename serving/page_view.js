@@ -91,6 +91,7 @@ function historyTitle(listed, number) {
   if (listed) return number ? `History: ${count(number, "purchase")}, as listed` : "No history";
   if (explanation?.problem) return "History: not known here";
   if (!explanation) return "History: being looked up …";
+  if (explanation.history.age_days === null) return "No history: this service looks none up";
   if (number) return `History: ${count(number, "purchase")} of user ${request.user_id}`;
   return `No purchases of user ${request.user_id} are known in the days that count`;
 }

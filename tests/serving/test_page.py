@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi", reason="fastapi is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -217,6 +218,29 @@ def test_what_the_service_refuses_is_told_in_its_words(page: "sync_api.Page") ->
     page.click("#rank")
     assert problem.inner_text() == "Candidates: “12x” is not a whole number."
     assert page.get_attribute("#candidates", "aria-invalid") == "true"
+
+
+@needs_browser
+def test_a_history_that_was_typed(page: "sync_api.Page") -> None:
+    page.fill("#history", "1007:0 1000:1")
+    request, _, _ = rank(page)
+    assert request["history"] == [1007, 1000]
+    assert request["history_age_days"] == [0, 1]
+    page.click("#bought-title")
+    ages = [text.partition(", ")[2] for text in page.locator("#bought-list li").all_inner_texts()]
+    assert ages == ["in the last 24 hours", "1 day ago"]
+    page.fill("#history", "1007")
+    request, _, _ = rank(page)
+    assert request["history"] == [1007]
+    assert "history_age_days" not in request
+    for typed, sentence in (
+        ("1007:1 1000", "Purchase history: give days for all purchases or for none."),
+        ("1007:1:2", "Purchase history: “1:2” is not a whole number."),
+        ("1007:", "Purchase history: “” is not a whole number."),
+    ):
+        page.fill("#history", typed)
+        page.click("#rank")
+        assert page.inner_text("#problem") == sentence
 
 
 @needs_browser
