@@ -8,6 +8,7 @@ import numpy as np
 import pydantic_core
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from features.errors import BadInputError
 from serving.ab_routing import CONTROL
@@ -90,7 +91,7 @@ def _add_operations(app: FastAPI, service: RankService) -> None:
             raise RefusedError(503, "stopping", "The service is stopping.")
         return _json(b'{"status":"ready"}')
 
-    @app.get("/metrics", tags=["operations"])
+    @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return the metrics of all worker processes in Prometheus's text format."""
         return Response(await asyncio.to_thread(service.metrics.text), media_type=CONTENT_TYPE)
