@@ -126,6 +126,7 @@ def swaps(config: LoadConfig, rate: float) -> Part:
             "the two would show nothing"
         )
     served = config.output / "served"
+    served.parent.mkdir(parents=True, exist_ok=True)
     point(served, models[0].folder)
     with config.service("swaps", bundle=served, options=_POLL) as service:
         offered = max(_LOWEST_RATE, rate * _SHARE)
