@@ -249,7 +249,9 @@ def _numbers(where: str, column: list[Any]) -> np.ndarray:
 
 
 def _wrong(where: str, place: int, what: str, value: Any) -> BadInputError:
-    return BadInputError(f"{where}: place {place + 1} must be {what}, got {_shown(value)}")
+    listed = not where.startswith("features.")  # those of the request are single values
+    at = f" place {place + 1}" if listed else ""
+    return BadInputError(f"{where}:{at} must be {what}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

@@ -123,12 +123,7 @@ def address(url: str) -> str:
 
 
 def _connect(url: str, timeout_s: float) -> "redis.Redis":
-    try:
-        import redis
-    except ImportError:
-        raise BadInputError(
-            f"{address(url)}: the Redis client is missing; pip install 'dashclip-ranker[redis]'"
-        ) from None
+    import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
