@@ -219,9 +219,10 @@ def _texts(where: str, column: list[Any]) -> np.ndarray:
         place = next(i for i, v in enumerate(column) if v is not None and type(v) is not str)
         raise _wrong(where, place, "a text", column[place])
     try:
-        return np.array([MISSING_ID if t is None else _hash(t) for t in column], np.int64)
+        hashes = {text: MISSING_ID if text is None else _hash(text) for text in set(column)}
     except UnicodeEncodeError:  # half of a surrogate pair
         raise BadInputError(f"{where}: a text cannot be encoded in UTF-8") from None
+    return np.array([hashes[text] for text in column], np.int64)
 
 
 def _hash(text: str) -> int:
