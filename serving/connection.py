@@ -32,7 +32,8 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._most_connections, self._most_bytes = _bounds()
-        self._received = 0  # bytes of the current request
+        self._received = 0  # bytes of the current request, with what came in the same pieces
+        self._piece = 0
         self._in_message = False
         self._in_headers = False
         self._slow: asyncio.TimerHandle | None = None
@@ -57,7 +58,8 @@ class Connection(HttpToolsProtocol):
         """Read a piece of a request."""
         if self.transport.is_closing():
             return
-        self._received += len(data)
+        self._piece = len(data)
+        self._received += self._piece
         if self._in_headers and self._received > _HEADER_BYTES:
             self._turn_away(RefusedError(431, "headers_too_large", "The headers are too large."))
         elif self._received > self._most_bytes:
@@ -69,7 +71,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
-        self._received = 0
+        self._received = self._piece
         self._in_message = self._in_headers = True
         self._stop_timer()
         self._slow = self.loop.call_later(_MESSAGE_S, self._too_slow)

@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -20,6 +21,7 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from features.console import stdout
 from features.errors import BadInputError
+from serving.manifest import Manifest
 from serving.server_config import API_KEY_VARIABLE, FAILURE_VARIABLE, ServerConfig, api_key
 from serving.server_log import LOG_CONFIG
 from serving.server_metrics import FOLDER_VARIABLE
@@ -43,6 +45,9 @@ def serve(config: ServerConfig) -> None:
             load what they are told to serve.
     """
     config.check()
+    for folder in (config.bundle, config.treatment):
+        if folder is not None:
+            Manifest.load(folder)  # the workers load the rest, and say what is wrong with it
     listening = _bind(config)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -73,8 +78,11 @@ def _bind(config: ServerConfig) -> socket.socket:
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
+        # What is below 0 is about the name and not the system's.
+        known = error.errno is not None and error.errno > 0
+        reason = os.strerror(error.errno or 0) if known else error.strerror
         raise BadInputError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}"
+            f"cannot listen on {config.host} port {config.port}: {reason}"
         ) from None
 
 
@@ -110,18 +118,38 @@ class Supervisor(Multiprocess):
         self.failed = False
         self._address = address
         self._ready = False
+        self._heard: dict[int, _Heard] = {}  # by process id
         self._try_again_at = 0.0
 
     def keep_subprocess_alive(self) -> None:
-        """Replace workers that have ended or hang."""
+        """Replace workers that have ended or hang; returns at once."""
         for place, process in enumerate(self.processes):
-            if self.should_exit.is_set():
-                return
-            if not process.is_alive(timeout=self.config.timeout_worker_healthcheck):
+            heard = self._hear(process)
+            hangs = time.monotonic() - heard.at > self.config.timeout_worker_healthcheck
+            if process.exitcode is not None or hangs:
                 self._replace(place, process)
-        if not self._ready and all(process.is_ready(timeout=1) for process in self.processes):
-            self._ready = True
-            stdout.print(f"ready: {self._address}", highlight=False, soft_wrap=True)
+        self._heard = {p.pid: self._heard[p.pid] for p in self.processes if p.pid in self._heard}
+        if not self._ready and len(self._heard) == len(self.processes):
+            self._ready = all(heard.serves for heard in self._heard.values())
+            if self._ready:
+                stdout.print(f"ready: {self._address}", highlight=False, soft_wrap=True)
+
+    def _hear(self, process: Process) -> "_Heard":
+        """Take a worker's answers to earlier questions, and ask again.
+
+        uvicorn's own question waits for the answer, for as long as a worker may hang, also where
+        the worker ends meanwhile: both ends of the pipe stay open here.
+        """
+        assert process.pid is not None
+        heard = self._heard.setdefault(process.pid, _Heard())
+        try:
+            while process.parent_conn.poll():
+                heard.serves = process.parent_conn.recv()
+                heard.at = time.monotonic()
+            process.parent_conn.send(b"ping")
+        except (OSError, EOFError):
+            pass
+        return heard
 
     def _replace(self, place: int, process: Process) -> None:
         if time.monotonic() < self._try_again_at:
@@ -134,9 +162,7 @@ class Supervisor(Multiprocess):
             return
         assert process.pid is not None
         mark_process_dead(process.pid)
-        _log.error(
-            "worker %d ended with status %s; starting another", process.pid, process.exitcode
-        )
+        _log.error("worker %d ended (status %s); starting another", process.pid, process.exitcode)
         if process.exitcode == STARTUP_FAILURE:
             self._try_again_at = time.monotonic() + _TRY_AGAIN_S
         self.processes[place] = Process(self.config, self.sockets)
@@ -147,3 +173,11 @@ class Supervisor(Multiprocess):
         for listening in self.sockets:
             listening.close()
         super().terminate_all()
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a worker last said: whether it serves, and when that was."""
+
+    serves: bool = False
+    at: float = field(default_factory=time.monotonic)
