@@ -37,7 +37,7 @@ def create_app(service: RankService, *, key: bool = False) -> FastAPI:
     _add_ranking(app, service)
     _add_operations(app, service)
     app.include_router(page_router())
-    app.openapi = lambda: document(app, service.slots, key=key)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, service.slots, service.limits, key=key)  # type: ignore[method-assign]
     return app
 
 

@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from serving.ab_routing import BUCKETS, CONTROL, Bucket
 from serving.inputs import Input
-from serving.protocol import JSON
+from serving.protocol import JSON, Limits
 from serving.slots import Slot
 
 Schema = dict[str, Any]
 
 _INT64: Schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
-_FLOAT32: Schema = {"type": "number", "minimum": -3.4e38, "maximum": 3.4e38}
+_GREATEST = float(np.finfo(np.float32).max)
+_FLOAT32: Schema = {"type": "number", "minimum": -_GREATEST, "maximum": _GREATEST}
 _EXAMPLES = 3
 
 _REFUSALS = {
@@ -120,12 +122,13 @@ _ANSWERS: dict[str, Schema] = {
 }
 
 
-def document(app: FastAPI, slots: Mapping[Bucket, Slot], *, key: bool) -> Schema:
+def document(app: FastAPI, slots: Mapping[Bucket, Slot], limits: Limits, *, key: bool) -> Schema:
     """Return the OpenAPI document.
 
     Args:
         app: its paths.
         slots: the rankers whose inputs are described; a request may hold those of all.
+        limits: of a request.
         key: whether callers need an API key.
     """
     made = get_openapi(
@@ -135,7 +138,7 @@ def document(app: FastAPI, slots: Mapping[Bucket, Slot], *, key: bool) -> Schema
         routes=app.routes,
     )
     components = made.setdefault("components", {})
-    components["schemas"] = {**_ANSWERS, "Request": _request(slots)}
+    components["schemas"] = {**_ANSWERS, "Request": _request(slots, limits)}
     for path, operations in made["paths"].items():
         if key and path.startswith(_PRIVATE):
             for operation in operations.values():
@@ -146,11 +149,14 @@ def document(app: FastAPI, slots: Mapping[Bucket, Slot], *, key: bool) -> Schema
     return made
 
 
-def _request(slots: Mapping[Bucket, Slot]) -> Schema:
+def _request(slots: Mapping[Bucket, Slot], limits: Limits) -> Schema:
     specs = [slot.current.manifest.inputs for slot in slots.values()]
     request = _properties([item for spec in specs for item in spec.request])
     candidate = _properties([item for spec in specs for item in spec.candidate])
-    columns = {name: _nullable(_list(value)) for name, value in candidate.items()}
+    columns = {
+        name: _nullable(_list(value, limits.candidates)) for name, value in candidate.items()
+    }
+    age = {"type": "integer", "minimum": 0, "maximum": 2**15 - 1}
     golden = slots[CONTROL].current.golden[:_EXAMPLES]
     return _object(
         {
@@ -161,17 +167,17 @@ def _request(slots: Mapping[Bucket, Slot]) -> Schema:
                 "where none is given.",
             },
             "history": {
-                **_nullable(_list(_INT64)),
+                **_nullable(_list(_INT64, limits.history)),
                 "description": "Ids of the products that the user bought, most recent first.",
             },
             "history_age_days": {
-                **_nullable(_list({"type": "integer", "minimum": 0, "maximum": 2**15 - 1})),
+                **_nullable(_list(age, limits.history)),
                 "description": "Whole days since each of these purchases.",
             },
             "features": _nullable(_object(request)),
             "candidates": _object(
                 {
-                    "product_id": _list(_INT64),
+                    "product_id": _list(_INT64, limits.candidates),
                     "features": {
                         **_nullable(_object(columns)),
                         "description": "For each feature a list, one value a candidate.",
@@ -199,8 +205,8 @@ def _object(properties: Mapping[str, Schema], required: Sequence[str] = ()) -> S
     return made | ({"required": [*required]} if required else {})
 
 
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
+def _list(items: Schema, most: int) -> Schema:
+    return {"type": "array", "items": items, "maxItems": most}
 
 
 def _nullable(schema: Schema) -> Schema:

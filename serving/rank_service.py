@@ -33,6 +33,7 @@ class RankService:
     Attributes:
         slots: by name; ``control`` is always there.
         metrics: what it counts.
+        limits: of one request.
         stopping: whether the process has been told to stop.
     """
 
@@ -49,13 +50,14 @@ class RankService:
         self.slots = slots
         self.metrics = metrics
         self.stopping = False
-        self._limits = Limits(candidates=config.max_candidates, history=config.max_history)
+        self.limits = Limits(candidates=config.max_candidates, history=config.max_history)
         self._routing = None
         if len(slots) > 1:
             self._routing = Routing(salt=config.salt, treatment_share=config.treatment_share)
         self._store = store
         self._store_threads = ThreadPoolExecutor(_STORE_THREADS, "store")
         self._exposures = exposures
+        self._dropped = 0  # exposures that are counted as lost
         scoring = BatchScoring(slots, metrics)
         self._batcher: Batcher[Job, Ranked] = Batcher(
             scoring,
@@ -87,7 +89,7 @@ class RankService:
             RefusedError: 400 or 422 for the body, 503 where the store cannot answer, 504 where the
                 deadline passed.
         """
-        raw = read_request(body, self._limits)
+        raw = read_request(body, self.limits)
         raw, bucket = await self._prepared(raw, deadline)
         job = Job(slot=bucket or CONTROL, raw=raw)
         try:
@@ -114,7 +116,7 @@ class RankService:
         Raises:
             RefusedError: as for `rank`.
         """
-        raw, bucket = await self._prepared(read_request(body, self._limits), deadline)
+        raw, bucket = await self._prepared(read_request(body, self.limits), deadline)
         slot = bucket or CONTROL
         ranker = self.slots[slot].current
         return dict(fitted(raw, slot, ranker, self.slots)), ranker
@@ -135,7 +137,17 @@ class RankService:
             self._store.close()
         if self._exposures is not None:
             await asyncio.to_thread(self._exposures.close)
-            self.metrics.exposures_dropped.inc(self._exposures.dropped)
+            self.count_dropped()
+
+    def count_dropped(self) -> None:
+        """Count the exposures that were lost since the last call, and say why."""
+        if self._exposures is None:
+            return
+        lost = self._exposures.dropped - self._dropped
+        if lost:
+            self._dropped += lost
+            self.metrics.exposures_dropped.inc(lost)
+            _log.error("%d exposures were lost: %s", lost, self._exposures.last_error or "too many")
 
     async def _prepared(
         self, raw: dict[str, Any], deadline: float

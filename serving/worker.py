@@ -63,9 +63,12 @@ class Worker:
         await receive()
         try:
             await self._start()
-        except (BadInputError, OSError) as error:
-            _tell_parent(str(error))
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
+        except Exception as error:
+            reason = f"{error}"
+            if not isinstance(error, BadInputError | OSError):
+                reason = f"a worker cannot start: {type(error).__name__}: {error}"
+            _tell_parent(reason)
+            await send({"type": "lifespan.startup.failed", "message": reason})
             return
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -108,6 +111,7 @@ class Worker:
         while not self._stopped.wait(self._config.poll_seconds):
             for slot in self.service.slots.values():
                 self._poll(slot, self.service.metrics)
+            self.service.count_dropped()
             if parent is not None and not parent.is_alive():
                 _log.error("the parent process has gone; stopping")
                 os.kill(os.getpid(), signal.SIGTERM)

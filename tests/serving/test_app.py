@@ -200,6 +200,7 @@ def test_the_openapi_document_describes_requests_that_are_answered(client, ranke
     candidate = schema["properties"]["candidates"]["properties"]["features"]["properties"]
     assert list(candidate) == [item.name for item in inputs.candidate]
     assert list(schema["properties"]["features"]["properties"]) == [i.name for i in inputs.request]
+    assert schema["properties"]["history"]["maxItems"] == 40
     for example in schema["examples"]:
         assert rank(client, example).status_code == 200
     responses = document["paths"]["/v1/rank"]["post"]["responses"]

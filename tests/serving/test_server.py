@@ -94,6 +94,21 @@ class Server:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
+def wait_for(condition):
+    until = time.monotonic() + READY_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def runs(pid):
+    """Return whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def ranker(tiny_exported):
     return ExportedRanker.open(tiny_exported)
@@ -123,7 +138,7 @@ def keyed(tiny_exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("keyed")
     options = ("--bundle", tiny_exported, "--queue", "3")
     more = ("--batch-wait-ms", "400", "--batch-candidates", "100000")
-    with Server(folder, *options, *more, RANKER_API_KEY=KEY) as server:
+    with Server(folder, *options, *more, RANKER_API_KEY=KEY, TMPDIR=str(folder)) as server:
         yield server
 
 
@@ -212,17 +227,26 @@ def test_a_large_body_is_refused_before_it_is_sent(keyed):
         assert b" 413 " in connection.recv(65536)
 
 
+def test_a_body_that_does_not_come_is_given_up(keyed):
+    with raw_socket(keyed) as connection:
+        connection.sendall(
+            b"POST /v1/rank HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n"
+            b"authorization: Bearer " + KEY.encode() + b"\r\n\r\n{"
+        )
+        assert b" 408 " in connection.recv(65536)  # at the deadline of 1 s
+
+
 def test_what_is_not_http_is_refused(keyed):
     with raw_socket(keyed) as connection:
         connection.sendall(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
         assert b" 400 " in read_all(connection)
 
 
-def wait_for(condition):
-    until = time.monotonic() + READY_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+def test_workers_leave_when_their_parent_is_killed(keyed):
+    workers = keyed.workers()
+    assert len(workers) == 2
+    keyed.process.kill()
+    wait_for(lambda: not any(runs(worker) for worker in workers))
 
 
 def test_a_worker_that_dies_is_replaced_and_the_other_serves(server, raw):
