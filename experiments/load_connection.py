@@ -32,8 +32,8 @@ class Outcome(IntEnum):
 class Owner(Protocol):
     """What a connection tells about the request that it carries; the load generator."""
 
-    def sent(self, request: int) -> None:
-        """``request`` is about to be written."""
+    def sent(self, request: int, connection: "Connection") -> None:
+        """``request`` is about to be written to ``connection``."""
 
     def ended(self, request: int, outcome: Outcome, status: int, body: bytes) -> None:
         """``request`` has its ``outcome``; ``status`` is 0 and ``body`` empty without an answer."""
@@ -76,7 +76,7 @@ class Connection:
         self._begun = False
         self._body.clear()
         if self._connected:
-            self._owner.sent(request)
+            self._owner.sent(request, self)
             self._write()
 
     def abandon(self) -> None:
@@ -115,7 +115,7 @@ class Connection:
         if self._request is None:
             self._owner.free(self)
         else:
-            self._owner.sent(self._request)
+            self._owner.sent(self._request, self)
             self._write()
 
     def _write(self) -> None:

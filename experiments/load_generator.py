@@ -133,7 +133,7 @@ class LoadGenerator:
 
     target: tuple[str, int]
     payloads: Sequence[bytes]
-    connections: int = 16
+    connections: int = 64
     most_connections: int = 512
     grace_s: float = 10.0
     on_answer: OnAnswer | None = None
@@ -143,6 +143,7 @@ class LoadGenerator:
     _ended: list[float] = field(default_factory=list)
     _outcomes: list[int] = field(default_factory=list)
     _statuses: list[int] = field(default_factory=list)
+    _carriers: dict[int, Connection] = field(default_factory=dict)
     _next: int = 0
     _left: int = 0
     _most: int = 0
@@ -188,9 +189,19 @@ class LoadGenerator:
         for connection in tuple(self._open):
             connection.abandon()
 
-    def sent(self, request: int) -> None:
-        """Note when ``request`` is written (called by its connection)."""
+    @property
+    def open_connections(self) -> frozenset[Connection]:
+        """The connections that are open now."""
+        return frozenset(self._open)
+
+    def carrier(self, request: int) -> Connection:
+        """Return the connection that ``request``, not yet counted as ended, was sent on."""
+        return self._carriers[request]
+
+    def sent(self, request: int, connection: Connection) -> None:
+        """Note when ``request`` is written, and where to (called by its connection)."""
         self._sent[request] = time.perf_counter()
+        self._carriers[request] = connection
 
     def ended(self, request: int, outcome: Outcome, status: int, body: bytes) -> None:
         """Note what became of ``request`` (called by its connection)."""
@@ -199,6 +210,7 @@ class LoadGenerator:
         self._statuses[request] = status
         if self.on_answer is not None and outcome == Outcome.ANSWERED:
             self.on_answer(request, status, body)
+        self._carriers.pop(request, None)
         self._settle(1)
 
     def free(self, connection: Connection) -> None:
@@ -236,6 +248,7 @@ class LoadGenerator:
         self._ended = [float("nan")] * len(plan)
         self._outcomes = [int(Outcome.UNANSWERED)] * len(plan)
         self._statuses = [0] * len(plan)
+        self._carriers = {}
 
     def _send_due(self) -> None:
         now = time.perf_counter()

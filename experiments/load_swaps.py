@@ -16,6 +16,7 @@ import uvloop
 from experiments.load_bad_exports import BAD
 from experiments.load_bodies import Request
 from experiments.load_checks import Part, at_least, equals
+from experiments.load_connection import Connection
 from experiments.load_generator import LoadGenerator, Results, fixed_rate, quantiles
 from experiments.load_service import Service
 from experiments.load_setting import LoadConfig, payloads
@@ -23,10 +24,10 @@ from features.console import say
 from features.errors import BadInputError
 
 TOLERANCE = 1e-6
-_SHARE = 0.25  # of the saturation rate: loading a model takes processor time too
+_SHARE = 0.15  # of the saturation rate: loading a model takes processor time too
 _LOWEST_RATE = 10.0
-_CONNECTIONS = 8
-_ROUNDS = 3  # answers of one model in a row on every connection: every worker has it
+_CONNECTIONS = 12  # enough that every worker has some
+_MOST_CONNECTIONS = 16
 _SWAP_S = 30.0
 _LONGEST_S = 3600.0
 _POLL = ("--poll-seconds", "0.05")
@@ -69,15 +70,17 @@ class Verdict:
         wrong: answers of an unknown model, or whose probabilities are another's.
         largest: the largest difference in probability from the model's own.
         last: fingerprint of the last answer.
-        in_a_row: how many answers in a row were of ``last``.
+        by_connection: fingerprint of the last answer on each connection.
+        generator: offers the requests; set before the first answer.
     """
 
     models: dict[str, Model]
     wrong: int = 0
     largest: float = 0.0
     last: str = ""
-    in_a_row: int = 0
     by_model: dict[str, int] = field(default_factory=dict)
+    by_connection: dict[Connection, str] = field(default_factory=dict)
+    generator: LoadGenerator | None = None
 
     def __call__(self, request: int, status: int, body: bytes) -> None:
         """Look at one answer (called by the load generator)."""
@@ -85,8 +88,9 @@ class Verdict:
             return
         answer = json.loads(body)
         name = answer["model"]
-        self.in_a_row = self.in_a_row + 1 if name == self.last else 1
         self.last = name
+        assert self.generator is not None
+        self.by_connection[self.generator.carrier(request)] = name
         self.by_model[name] = self.by_model.get(name, 0) + 1
         if name not in self.models:
             self.wrong += 1
@@ -99,14 +103,19 @@ class Verdict:
         self.wrong += off > TOLERANCE
 
     async def until(self, fingerprint: str) -> bool:
-        """Wait until every connection has answered with ``fingerprint``; false after 30 s."""
-        self.in_a_row = 0
+        """Wait until every connection's next answer is of ``fingerprint``; false after 30 s.
+
+        A connection belongs to one worker process: then every worker has the model.
+        """
+        assert self.generator is not None
+        self.by_connection.clear()
         give_up = time.perf_counter() + _SWAP_S
-        while self.last != fingerprint or self.in_a_row < _ROUNDS * _CONNECTIONS:
-            if time.perf_counter() > give_up:
-                return False
+        while time.perf_counter() < give_up:
+            found = [self.by_connection.get(one) for one in self.generator.open_connections]
+            if found and {*found} == {fingerprint}:
+                return True
             await asyncio.sleep(0.005)
-        return True
+        return False
 
 
 def swaps(config: LoadConfig, rate: float) -> Part:
@@ -150,8 +159,10 @@ class SwapRun:
             target=self.service.target,
             payloads=ready,
             connections=_CONNECTIONS,
+            most_connections=_MOST_CONNECTIONS,
             on_answer=verdict,
         )
+        verdict.generator = generator
         workers = self.service.workers()
         offering = asyncio.create_task(generator.offer(fixed_rate(rate, _LONGEST_S)))
         try:

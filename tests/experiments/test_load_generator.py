@@ -233,7 +233,7 @@ def test_a_request_that_meets_a_closed_connection_was_never_read():
             self.outcomes = []
             self.over = asyncio.Event()
 
-        def sent(self, request):
+        def sent(self, request, connection):
             pass
 
         def free(self, connection):
@@ -296,6 +296,26 @@ def test_answers_are_handed_over_with_their_request():
             on_answer=lambda request, status, body: answers.update({request: (status, body)}),
         )
     assert answers == dict.fromkeys(range(5), (200, b"{}"))
+
+
+def test_each_answer_is_known_by_its_connection():
+    async def go(address):
+        generator = LoadGenerator(
+            target=address,
+            payloads=[http_request(address, "/x", b"{}")],
+            connections=3,
+            on_answer=lambda request, *_: carriers.append(generator.carrier(request)),
+        )
+        carriers = []
+        await generator.offer(fixed_rate(100, 0.09))
+        assert generator.open_connections == {*carriers}
+        generator.close()
+        assert generator.open_connections == frozenset()
+        return carriers
+
+    with server(answering()) as address:
+        carriers = uvloop.run(go(address))
+    assert [carriers.index(c) for c in carriers] == [0, 1, 2] * 3  # in turn
 
 
 def test_plans():

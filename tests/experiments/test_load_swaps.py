@@ -16,11 +16,20 @@ def answer(name, probabilities):
     return json.dumps({"model": name, "probabilities": probabilities}).encode()
 
 
+class Generator:
+    """Has two connections; request ``i`` goes out on connection ``i % 2``."""
+
+    open_connections = frozenset({0, 1})
+
+    def carrier(self, request):
+        return request % 2
+
+
 @pytest.fixture
 def verdict(tmp_path):
     first = model(tmp_path, "a", [[0.25, 0.5], [0.125, 0.75]])
     second = model(tmp_path, "b", [[0.5, 0.25], [0.75, 0.125]])
-    return Verdict(models={"a": first, "b": second})
+    return Verdict(models={"a": first, "b": second}, generator=Generator())
 
 
 def test_answers_must_be_those_of_the_model_they_name(verdict):
@@ -38,23 +47,21 @@ def test_answers_must_be_those_of_the_model_they_name(verdict):
 
 
 def test_a_swap_is_done_when_every_connection_has_the_new_model(verdict):
-    for _ in range(100):
-        verdict(0, 200, answer("a", [0.25, 0.5]))
-    assert verdict.in_a_row == 100
-    verdict(0, 200, answer("b", [0.5, 0.25]))
-    assert (verdict.last, verdict.in_a_row) == ("b", 1)
-
     async def answers_come():
         waiting = asyncio.create_task(verdict.until("b"))
         await asyncio.sleep(0)  # it begins
-        for _ in range(23):
-            verdict(0, 200, answer("b", [0.5, 0.25]))
+        for number in range(50):
+            verdict(2 * number, 200, answer("b", [0.5, 0.25]))
         await asyncio.sleep(0.02)
-        assert not waiting.done()  # 8 connections, three rounds: 24
-        verdict(0, 200, answer("b", [0.5, 0.25]))
+        assert not waiting.done()  # nothing on the other connection
+        verdict(1, 200, answer("a", [0.125, 0.75]))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()  # the old model there
+        verdict(3, 200, answer("b", [0.75, 0.125]))
         return await waiting
 
     assert uvloop.run(answers_come())
+    assert verdict.wrong == 0
 
 
 def test_the_served_folder_is_moved_in_one_step(tmp_path):
