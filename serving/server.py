@@ -8,6 +8,7 @@ workers that do not listen any more.
 
 import logging
 import os
+import resource
 import socket
 import tempfile
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 from uvicorn import Config
-from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from features.console import stdout
@@ -28,6 +28,7 @@ from serving.server_metrics import FOLDER_VARIABLE
 
 _LOST = "a worker ended before it was ready; its log lines above say more"
 
+_OTHER_FILES = 256  # that a worker has open besides its connections
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs, so that they close first
 _STOP_S = 30
@@ -48,6 +49,7 @@ def serve(config: ServerConfig) -> None:
     for folder in (config.bundle, config.treatment):
         if folder is not None:
             Manifest.load(folder)  # the workers load the rest, and say what is wrong with it
+    _allow_open_files(config.max_connections + _OTHER_FILES)
     listening = _bind(config)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -64,6 +66,22 @@ def serve(config: ServerConfig) -> None:
         supervisor.run()
         if supervisor.failed:
             raise BadInputError(failure.read_text(encoding="utf-8") if failure.exists() else _LOST)
+
+
+def _allow_open_files(needed: int) -> None:
+    """Raise this process's limit of open files, which the workers inherit.
+
+    Raises:
+        BadInputError: the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise BadInputError(
+            f"'max_connections' needs {needed} open files in a process, the system allows {hard}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _bind(config: ServerConfig) -> socket.socket:
@@ -127,7 +145,7 @@ class Supervisor(Multiprocess):
             heard = self._hear(process)
             hangs = time.monotonic() - heard.at > self.config.timeout_worker_healthcheck
             if process.exitcode is not None or hangs:
-                self._replace(place, process)
+                self._replace(place, process, served=heard.serves)
         self._heard = {p.pid: self._heard[p.pid] for p in self.processes if p.pid in self._heard}
         if not self._ready and len(self._heard) == len(self.processes):
             self._ready = all(heard.serves for heard in self._heard.values())
@@ -151,19 +169,19 @@ class Supervisor(Multiprocess):
             pass
         return heard
 
-    def _replace(self, place: int, process: Process) -> None:
+    def _replace(self, place: int, process: Process, *, served: bool) -> None:
         if time.monotonic() < self._try_again_at:
             return
         process.kill()
         process.join()
-        if not self._ready and process.exitcode == STARTUP_FAILURE:
+        if not self._ready:
             self.failed = True
             self.should_exit.set()
             return
         assert process.pid is not None
         mark_process_dead(process.pid)
         _log.error("worker %d ended (status %s); starting another", process.pid, process.exitcode)
-        if process.exitcode == STARTUP_FAILURE:
+        if not served:  # the next one may fare no better
             self._try_again_at = time.monotonic() + _TRY_AGAIN_S
         self.processes[place] = Process(self.config, self.sockets)
         self.processes[place].start()
