@@ -37,6 +37,9 @@ _NO_KEY = ("/healthz", "/readyz", *OPEN_PATHS)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _ALL_DIGITS = re.compile(rb"[0-9]{1,18}")
 
+_PATIENCE = 0.5  # share of the deadline that a request may be expected to wait
+_LATEST = 0.05  # weight of the latest request in the moving average
+
 _log = logging.getLogger("serving.gate")
 
 
@@ -61,6 +64,7 @@ class Gate:
         self._deadline_s = config.deadline_ms / 1000
         self._max_body = config.max_body_bytes
         self._pending = 0
+        self._seconds_each = 0.0  # that a request spends for each one that is before it, and itself
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -88,10 +92,14 @@ class Gate:
             await self._application(scope, receive, answer.send)
             return
         self._check_length(headers)
-        if self._pending >= self._queue:
+        # A full queue may last longer than the deadline, and all in it would come too late: what
+        # would wait for more than a part of the deadline is refused at once.
+        long_wait = self._pending * self._seconds_each > _PATIENCE * self._deadline_s
+        if long_wait or self._pending >= self._queue:
             raise RefusedError(429, "queue_full", "Too many requests are waiting; try again later.")
         started = time.monotonic()
         self._pending += 1
+        place = self._pending
         self._metrics.pending.set(self._pending)
         try:
             deadline = started + self._deadline_s
@@ -101,7 +109,9 @@ class Gate:
         finally:
             self._pending -= 1
             self._metrics.pending.set(self._pending)
-        self._metrics.seconds.observe(time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._seconds_each += _LATEST * (seconds / place - self._seconds_each)
+        self._metrics.seconds.observe(seconds)
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if self._key is None:

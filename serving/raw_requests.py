@@ -237,7 +237,8 @@ def _numbers(where: str, column: list[Any]) -> np.ndarray:
     if set(map(type, column)) <= {int, float, type(None)}:
         with contextlib.suppress(OverflowError):  # an integer above what a float can be
             found = np.array(column, np.float64)  # None becomes NaN
-            if (np.abs(found) <= _GREATEST).all():
+            missing = np.isnan(found)
+            if missing.sum() == column.count(None) and not (np.abs(found) > _GREATEST).any():
                 return found.astype(np.float32)
     found = np.full(len(column), np.nan, np.float32)
     for place, value in enumerate(column):
