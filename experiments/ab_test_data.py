@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features import columns
-from features.dataset import reading, text
+from features.data_table import text
+from features.dataset import reading
 from features.errors import BadInputError
 from features.parquet import missing_column, parquet_files
 from serving.ab_routing import BUCKETS

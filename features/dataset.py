@@ -18,7 +18,6 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features import columns
+from features.data_table import DataTable, quote
 from features.errors import BadInputError
 from features.history import HISTORY_SCHEMA
 from features.parquet import is_text, missing_column, parquet_files
@@ -62,7 +62,7 @@ class _Kind:
 
 
 _INTEGER = _Kind("an integer", pa.types.is_integer, "{}::BIGINT", pa.int64())
-_TEXT = _Kind("text", is_text, "{}::VARCHAR", pa.string())
+_TEXT = _Kind("text", is_text, "{}::STRING", pa.string())
 _TIME = _Kind("a timestamp", pa.types.is_timestamp, "{}::TIMESTAMP", pa.timestamp("us"))
 # DuckDB reads a time zone without its ICU extension, which wheels do not carry, only as an instant.
 _INSTANT = replace(_TIME, read="make_timestamp(epoch_us({}::TIMESTAMPTZ))")
@@ -88,38 +88,6 @@ _IMPRESSION_KINDS = {
     columns.PRODUCT_ID: _INTEGER,
     columns.CLICKED: _TRUTH,
 }
-
-
-@dataclass(frozen=True)
-class DataTable:
-    """One table of a dataset: a Parquet file, or a folder of them.
-
-    Attributes:
-        path: the file or folder.
-        files: the Parquet files, sorted by name.
-        types: the type as which each column that the contract or ``dataset.toml`` names is read.
-        reads: the SQL expression that reads it so.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    types: dict[str, pa.DataType]
-    reads: dict[str, str]
-
-    @cached_property
-    def raw(self) -> str:
-        """SQL of the files as they are."""
-        return self.scan("")
-
-    def scan(self, options: str) -> str:
-        """Return SQL that reads the files, with further ``read_parquet`` options."""
-        files = ", ".join(text(str(file)) for file in self.files)
-        return f"read_parquet([{files}], union_by_name = true, hive_partitioning = false{options})"
-
-    def select(self, *names: str, source: str | None = None) -> str:
-        """Return SQL of some columns with the project's types, from ``source`` if given."""
-        reads = ", ".join(f"{self.reads[name]} AS {quote(name)}" for name in names or self.reads)
-        return f"SELECT {reads} FROM {source or self.raw}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,16 +201,6 @@ def reading(folder: Path) -> Iterator[None]:
         raise BadInputError(f"{folder}: cannot be read: {message}") from error
 
 
-def quote(name: str) -> str:
-    """Return ``name`` as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def text(value: str) -> str:
-    """Return ``value`` as an SQL string."""
-    return "'" + value.replace("'", "''") + "'"
-
-
 def _impression_kinds(folder: Path, schema: DatasetSchema) -> dict[str, _Kind]:
     kinds = dict(_IMPRESSION_KINDS)
     for feature in schema.features:
@@ -348,15 +306,16 @@ def _check_rows(
     assert broken is not None
     for rule, count in zip(rules, broken, strict=True):
         if count:
-            source = table.scan(", filename = true, file_row_number = true")
             row = connection.execute(
-                f"SELECT filename, file_row_number, {quote(rule.column)}::VARCHAR FROM {source} "
+                "SELECT filename, file_row_number, "
+                f"{quote(rule.column)}::STRING FROM {table.located} "
                 f"WHERE {rule.broken} ORDER BY filename, file_row_number LIMIT 1"
             ).fetchone()
             assert row is not None
             file, number, value = row
             raise BadInputError(
-                f"{file}: column '{rule.column}', row {number + 1}: " + rule.sentence.format(value)
+                f"{table.named(file)}: column '{rule.column}', row {number + 1}: "
+                + rule.sentence.format(value)
             )
 
 
@@ -379,10 +338,10 @@ def _check_requests(connection: "duckdb.DuckDBPyConnection", dataset: Dataset) -
 
     One hash of all those columns is compared first: it costs a fraction of comparing each.
     """
-    listed = ", ".join(quote(name) for name in dataset.request_columns)
+    digest = dataset.impressions.digest(dataset.request_columns)
     rows = dataset.impressions.select(columns.REQUEST_ID, *dataset.request_columns)
     found = connection.execute(
-        f"SELECT request_id FROM (SELECT request_id, hash({listed}) AS digest FROM ({rows})) "
+        f"SELECT request_id FROM (SELECT request_id, {digest} AS digest FROM ({rows})) "
         "GROUP BY request_id HAVING min(digest) <> max(digest) ORDER BY request_id LIMIT 1"
     ).fetchone()
     if found is None:
@@ -390,7 +349,7 @@ def _check_requests(connection: "duckdb.DuckDBPyConnection", dataset: Dataset) -
     for name in dataset.request_columns:
         values = connection.execute(
             f"SELECT DISTINCT {quote(name)} FROM ({rows}) WHERE request_id = {found[0]} "
-            "ORDER BY 1 LIMIT 2"
+            "ORDER BY 1 NULLS LAST LIMIT 2"
         ).fetchall()
         if len(values) > 1:
             raise BadInputError(

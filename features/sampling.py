@@ -25,7 +25,7 @@ from features.manifest import (
     WeekCounts,
     week_path,
 )
-from features.requests import ROW_GROUP, record_writer
+from features.record_files import ROW_GROUP, record_writer
 
 
 def sample_requests(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_dataset import write_tiny_dataset
 
+from features import duckdb_engine, record_files
 from features import requests as requests_module
 from features.errors import BadInputError
 from features.requests import RequestsManifest, build_requests
@@ -174,8 +175,8 @@ def test_slices_and_order_of_rows_change_nothing(
     path = data / "impressions.parquet"
     table = pq.read_table(path)
     pq.write_table(table.sort_by([("product_id", "descending")]), path)
-    monkeypatch.setattr(requests_module, "_SLICE_ROWS", 90)
-    monkeypatch.setattr(requests_module, "ROW_GROUP", 8)
+    monkeypatch.setattr(duckdb_engine, "_SLICE_ROWS", 90)
+    monkeypatch.setattr(record_files, "ROW_GROUP", 8)
     shuffled = read_all(build_requests(data, tmp_path / "out"))
     assert shuffled.equals(read_all(RequestsManifest.load(tiny_requests)))
 
