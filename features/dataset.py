@@ -74,6 +74,9 @@ _NUMBER = _Kind(
 )
 _SPARSE = _Kind("an integer or text", lambda t: pa.types.is_integer(t) or is_text(t), "", None)
 
+# Keys that are compared with each other at a time: memory does not grow with the table.
+_KEYS_AT_A_TIME = 1 << 23
+
 _CATALOG_KINDS = {columns.PRODUCT_ID: _INTEGER, columns.TITLE: _TEXT}
 _PURCHASE_KINDS = {
     columns.USER_ID: _INTEGER,
@@ -322,13 +325,22 @@ def _check_rows(
 def _check_unique(
     connection: "duckdb.DuckDBPyConnection", table: DataTable, names: tuple[str, ...]
 ) -> None:
+    """Raise where two rows have the same values of ``names``, the first of them an integer."""
     listed = ", ".join(quote(name) for name in names)
-    twice = connection.execute(
-        f"SELECT {listed}, count(*) FROM {table.raw} GROUP BY {listed} HAVING count(*) > 1 "
-        f"ORDER BY {listed} LIMIT 1"
-    ).fetchone()
-    if twice is not None:
-        *values, count = twice
+    counted = connection.execute(f"SELECT count(*) FROM {table.raw}").fetchone()
+    assert counted is not None
+    parts = counted[0] // _KEYS_AT_A_TIME + 1
+    repeated = []
+    for part in range(parts):
+        twice = connection.execute(
+            f"SELECT {listed}, count(*) FROM {table.raw} "
+            f"WHERE abs({quote(names[0])} % {parts}) = {part} "
+            f"GROUP BY {listed} HAVING count(*) > 1 ORDER BY {listed} LIMIT 1"
+        ).fetchone()
+        if twice is not None:
+            repeated.append(tuple(twice))
+    if repeated:
+        *values, count = min(repeated)
         what = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
         raise BadInputError(f"{table.path}: {what} stands in {count} rows, expected one")
 

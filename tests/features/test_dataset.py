@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from features import cli
+from features import cli, dataset
 from features.dataset import Dataset
 from features.errors import BadInputError
 from features.requests import build_requests
@@ -180,7 +180,12 @@ def test_duplicate_product_in_the_catalog(data: Path) -> None:
     assert refused(data) == "catalog.parquet: product_id 1028 stands in 2 rows, expected one"
 
 
-def test_duplicate_candidate(data: Path) -> None:
+@pytest.mark.parametrize("keys_at_a_time", [7, 1 << 23])
+def test_duplicate_candidate(
+    data: Path, keys_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "_KEYS_AT_A_TIME", keys_at_a_time)
+    change(data / "impressions.parquet", repeat(900))
     change(data / "impressions.parquet", repeat(1))
     product = pq.read_table(data / "impressions.parquet")["product_id"][0]
     assert refused(data) == (
