@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from features.id_map import IdMap
 
+_MOST_SAMPLED = 1 << 22  # records whose quantiles are taken
+
 
 class LevelTransforms(nn.Module):
     """The transforms of the features of one level.
@@ -96,18 +98,18 @@ def fit(
         bins: quantile bins of each dense feature; 0 or 1 for none.
 
     Vocabularies and mean and standard deviation use every record; quantiles use every
-    ``n // 20_000``-th one of a part of n.
+    ``n // 20_000``-th one of a part of n, and fewer of each part where there are many parts.
     """
     counts = [_Counter() for _ in sparse]
     moments = np.zeros((3, len(dense)))  # count, sum, sum of squares of what is present
-    samples: list[np.ndarray] = []
+    sample = _Sample()
     for ids, values in parts:
         for counter, column in zip(counts, ids, strict=True):
             counter.add(column)
         present = ~np.isnan(values)
         logs = np.where(present, np.sign(values) * np.log1p(np.abs(values)), 0).astype(np.float64)
         moments += [present.sum(1), logs.sum(1), (logs * logs).sum(1)]
-        samples.append(values[:, :: max(1, values.shape[1] // 20_000)])
+        sample.add(values[:, :: max(1, values.shape[1] // 20_000)])
     number = np.maximum(moments[0], 1)
     mean = moments[1] / number
     std = np.sqrt(np.maximum(moments[2] / number - mean * mean, 0))
@@ -115,7 +117,7 @@ def fit(
         sparse,
         dense,
         [counter.frequent(min_count) for counter in counts],
-        _boundaries(np.concatenate(samples, axis=1), bins) if samples else np.zeros((0, 0)),
+        _boundaries(sample.values(), bins) if sample else np.zeros((0, 0)),
         mean,
         np.where(std > 1e-6, std, 1.0),
     )
@@ -140,6 +142,32 @@ class _Counter:
         kept = self._counts >= min_count
         ids, counts = self._ids[kept], self._counts[kept]
         return ids[np.lexsort((ids, -counts))]
+
+
+class _Sample:
+    """Records of all parts, thinned evenly so that at most `_MOST_SAMPLED` of them are kept."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._number = 0
+        self._stride = 1
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, values: np.ndarray) -> None:
+        """Add a part's values [D, n]."""
+        # A copy: the part would stay in memory with a view of it.
+        self._parts.append(values[:, :: self._stride].copy())
+        self._number += self._parts[-1].shape[1]
+        while self._number > _MOST_SAMPLED:
+            self._stride *= 2
+            self._parts = [part[:, ::2].copy() for part in self._parts]
+            self._number = sum(part.shape[1] for part in self._parts)
+
+    def values(self) -> np.ndarray:
+        """Return [D, N] of what is kept."""
+        return np.concatenate(self._parts, axis=1)
 
 
 def _boundaries(sample: np.ndarray, bins: int) -> np.ndarray:

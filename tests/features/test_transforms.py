@@ -1,6 +1,7 @@
 """Transforms, fitted and applied, by numbers worked out by hand."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -73,6 +74,28 @@ def test_bins_with_boundaries_worked_out_by_hand():
     assert transforms.tables == {"value0_bin": 5}
     rows, _ = apply_dense(transforms, values([-5, 2, 2.5, 4, 4.5, 6, 6.5, 99, NAN, math.inf]))
     assert rows.tolist() == [[1, 1, 2, 2, 3, 3, 4, 4, 0, 4]]
+
+
+def test_quantiles_of_many_parts_are_of_a_thinned_sample(monkeypatch):
+    monkeypatch.setattr("features.transforms._MOST_SAMPLED", 8)
+    # Of 0 … 31 in four parts every fourth is left: 0, 4, … 28.
+    transforms = dense_only(*values(range(32)).reshape(4, 1, 8), bins=2)
+    assert transforms.boundaries.tolist() == [[14]]
+    assert transforms.mean.item() == pytest.approx(np.log1p(range(32)).mean())
+
+
+def test_parts_are_let_go_of_once_they_are_read():
+    seen = []
+
+    def parts():
+        for _ in range(3):
+            assert [part() for part in seen[:-1]] == [None] * len(seen[:-1])
+            part = np.zeros((1, 100), np.float32)
+            seen.append(weakref.ref(part))
+            yield np.zeros((0, 100), np.int64), part
+
+    fit([], ["value0"], parts(), min_count=5, bins=4)
+    assert len(seen) == 3
 
 
 def test_boundaries_that_fall_together_are_one():
