@@ -85,14 +85,15 @@ class SplitInput:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``whole() @ weight.T + bias``, with the requests' part computed once a request."""
-        width = self.candidate.shape[1]
+        width = int(self.candidate.shape[1])  # a constant for tracers
         request = F.linear(self.request, weight[:, width:], bias).float()
         return F.linear(self.candidate, weight[:, :width]) + request.index_select(0, self.request_c)
 
 
 def linear_of_parts(layer: nn.Linear, parts: Sequence[Tensor]) -> Tensor:
     """Return what ``layer`` gives for the parts side by side, without laying them so."""
-    weights = layer.weight.split([part.shape[1] for part in parts], dim=1)
+    widths = [int(part.shape[1]) for part in parts]  # constants for tracers
+    weights = layer.weight.split(widths, dim=1)
     found = F.linear(parts[0], weights[0], layer.bias).float()
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         found = found + F.linear(part, weight)
