@@ -151,6 +151,19 @@ def level_features(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkShare:
+    """What one of several processes reads of a chunk.
+
+    Attributes:
+        records: the requests of its row groups.
+        owner: [n] int64, of each of the chunk's n requests the process that reads it.
+    """
+
+    records: pa.Table
+    owner: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecordFiles:
     """Files of request records, addressed by row group."""
 
@@ -183,6 +196,27 @@ class RecordFiles:
         files'. Columns named in ``leave_out`` are not read; with the purchase history its ages are
         left out too.
         """
+        shares = self.shares(
+            groups, rank=0, world=1, seed=seed, epoch=epoch, skip=skip, leave_out=leave_out
+        )
+        return (share.records for share in shares)
+
+    def shares(
+        self,
+        groups: int,
+        *,
+        rank: int,
+        world: int,
+        seed: int | None = None,
+        epoch: int = 0,
+        skip: int = 0,
+        leave_out: Collection[str] = (),
+    ) -> Iterator[ChunkShare]:
+        """Yield what process ``rank`` of ``world`` reads of each of the `chunks`.
+
+        The row groups of a chunk go to the processes in turn, so that a chunk holds the same
+        requests whatever their number.
+        """
         if columns.PURCHASE_HISTORY in leave_out:
             leave_out = {*leave_out, columns.PURCHASE_AGE_DAYS}
         order = np.arange(len(self.units))
@@ -195,7 +229,15 @@ class RecordFiles:
                     files[path] = stack.enter_context(_open(path))
             for start in range(skip * groups, len(order), groups):
                 chosen = [self.units[i] for i in order[start : start + groups]]
-                yield pa.concat_tables([_read(files[p], g, leave_out) for p, g in chosen])
+                sizes = [files[p].metadata.row_group(g).num_rows for p, g in chosen]
+                tables = [_read(files[p], g, leave_out) for p, g in chosen[rank::world]]
+                path, group = chosen[0]
+                yield ChunkShare(
+                    records=pa.concat_tables(tables)
+                    if tables
+                    else _read(files[path], group, leave_out).slice(0, 0),
+                    owner=np.repeat(np.arange(len(chosen)) % world, sizes),
+                )
 
 
 def request_order(requests: int, *, seed: int, epoch: int, chunk: int) -> np.ndarray:

@@ -51,9 +51,28 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise BadInputError(f"{path}: damaged or not a safetensors file: {error}") from error
+    return tensors, _header(path, metadata)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the header that `save_state` wrote, without reading the tensors.
+
+    Raises:
+        BadInputError: the file is damaged, or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise BadInputError(f"{path}: damaged or not a safetensors file: {error}") from error
+    return _header(path, metadata)
+
+
+def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if _HEADER not in metadata:
         raise BadInputError(f"{path}: not written by this project, it has no '{_HEADER}' header")
-    return tensors, json.loads(metadata[_HEADER])
+    header: dict[str, Any] = json.loads(metadata[_HEADER])
+    return header
 
 
 def copy_into(target: dict[str, Tensor], source: dict[str, Tensor], where: str) -> None:

@@ -1,6 +1,9 @@
 """``train-ranker``: the main job."""
 
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +23,8 @@ class Options:
 
     Without arguments: builds the default dataset, its embedding tables and request records, trains
     on its training weeks, evaluates the week after and writes runs/complete-journey. A stopped run
-    carries on when the same command is given again.
+    carries on when the same command is given again. Started by torchrun, it trains in several
+    processes; a run may go on with another number of them.
     """
 
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -45,18 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: Options) -> None:
-    config = resolve(options)
-    from features.prepare_data import ensure_dataset
-    from ranking.run import command_line, train_ranker
+    with ExitStack() as stack:
+        if "WORLD_SIZE" in os.environ:  # one of the processes that torchrun started
+            from ranking.distributed import process_group
 
-    data = options.data or Path("data") / DEFAULT_DATASET
-    if options.data is None:
-        ensure_dataset(DEFAULT_DATASET, data)
-    output = options.output or Path("runs") / data.resolve().name
-    say(f"training on {data} into {output}")
-    train_ranker(
-        data, output, tables=options.tables, config=config, command=command_line("train-ranker")
-    )
+            stack.enter_context(process_group())
+        config = resolve(options)
+        from features.prepare_data import ensure_dataset
+        from ranking.distributed import from_first
+        from ranking.run import command_line, train_ranker
+
+        data = options.data or Path("data") / DEFAULT_DATASET
+        if options.data is None:
+            from_first(lambda: ensure_dataset(DEFAULT_DATASET, data))
+        output = options.output or Path("runs") / data.resolve().name
+        say(f"training on {data} into {output}")
+        command = command_line("train-ranker")
+        train_ranker(data, output, tables=options.tables, config=config, command=command)
 
 
 def resolve(options: Options) -> RankerConfig:
@@ -71,3 +80,7 @@ def resolve(options: Options) -> RankerConfig:
     if options.seed is not None:
         training = replace(training, seed=options.seed)
     return replace(config, training=training)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -99,7 +99,9 @@ class TrainingConfig:
         keep_unclicked: share of the requests without a click that are trained on, each counting
             for those left out; see `features.sampling`.
         seed: of the initial weights and of the order.
-        threads: cores to train on.
+        threads: cores of a machine to train on, shared by its processes.
+        whole_table_mb: with several processes, each holds a copy of a frozen table of up to this
+            many MiB, and a range of the rows of a larger one.
         checkpoint_seconds: time between two checkpoints.
     """
 
@@ -118,6 +120,7 @@ class TrainingConfig:
     keep_unclicked: float = 1.0
     seed: int = 0
     threads: int = 2
+    whole_table_mb: float = 4096.0
     checkpoint_seconds: float = 20.0
 
     def __post_init__(self) -> None:

@@ -68,14 +68,11 @@ class EncodedBatch:
 
         There are at most ``parts`` of them, none without a request.
         """
-        targets = torch.arange(1, parts) * self.rows // parts
-        cuts = torch.searchsorted(self.candidate_offsets, targets).tolist()
-        pairs = pairwise([0, *cuts, len(self.query)])
-        return [(first, last) for first, last in pairs if last > first]
+        return edges(self.candidate_offsets, parts)
 
     def split(self, batch_rows: int) -> Iterator["EncodedBatch"]:
         """Yield batches of whole requests of about ``batch_rows`` candidates."""
-        for first, last in self.edges(max(1, round(self.rows / batch_rows))):
+        for first, last in self.edges(number_of_batches(self.rows, batch_rows)):
             yield self.select(first, last)
 
     def reorder(self, order: Tensor) -> "EncodedBatch":
@@ -125,6 +122,23 @@ class EncodedBatch:
 def offsets(lengths: Tensor) -> Tensor:
     """Return [N + 1] int64: where each of N lists of these lengths begins, and the end."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def edges(candidate_offsets: Tensor, parts: int) -> list[tuple[int, int]]:
+    """Return ranges of whole requests, given where each one's candidates begin ([B + 1] int64).
+
+    They share the candidates as evenly as they can; there are at most ``parts`` of them, none
+    without a request.
+    """
+    targets = torch.arange(1, parts) * int(candidate_offsets[-1]) // parts
+    cuts = torch.searchsorted(candidate_offsets, targets).tolist()
+    pairs = pairwise([0, *cuts, len(candidate_offsets) - 1])
+    return [(first, last) for first, last in pairs if last > first]
+
+
+def number_of_batches(rows: int, batch_rows: int) -> int:
+    """Return into how many batches of about ``batch_rows`` candidates a chunk of ``rows`` goes."""
+    return max(1, round(rows / batch_rows))
 
 
 def _permute(order: Tensor, lengths: Tensor, values: Tensor) -> Tensor:

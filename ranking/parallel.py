@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranking.encoded import EncodedBatch
 from ranking.ranker import Ranker
@@ -31,6 +31,10 @@ class _Share:
     inputs: dict[str, Tensor]
 
 
+# Begins to sum the parameters' gradients and the loss over processes; what it returns ends it.
+BeginSum = Callable[[list[nn.Parameter], float], Callable[[], float]]
+
+
 class ParallelStep:
     """Computes gradients of a ranker with several threads.
 
@@ -38,37 +42,59 @@ class ParallelStep:
         ranker: the model.
         threads: number of cores to use.
         bfloat16: multiply matrices in bfloat16.
+        begin_sum: where each of several processes has a part of the batch: begins to sum the
+            dense parameters' gradients, and returns what ends it and gives the sum of the losses.
     """
 
-    def __init__(self, ranker: Ranker, threads: int, *, bfloat16: bool) -> None:
+    def __init__(
+        self,
+        ranker: Ranker,
+        threads: int,
+        *,
+        bfloat16: bool,
+        begin_sum: BeginSum | None = None,
+    ) -> None:
         self._ranker = ranker
         self._parameters = ranker.dense_parameters()
         self._threads = threads
         self._bfloat16 = bfloat16
+        self._begin_sum = begin_sum
         self._pool = ThreadPoolExecutor(threads, "step", partial(torch.set_num_threads, 1))
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def __call__(self, batch: EncodedBatch) -> float:
-        """Set the dense parameters' gradients, update the tables, return the mean log loss."""
+    def __call__(self, batch: EncodedBatch, weight: float | None = None) -> float:
+        """Set the dense parameters' gradients, update the tables, return the mean log loss.
+
+        Args:
+            batch: of several processes, this one's part; it may be empty.
+            weight: what all parts together count in the loss; that of ``batch`` where None.
+        """
+        weight = max(batch.total_weight() if weight is None else weight, 1e-9)
         trained = self._ranker.trained_lookups(batch)
-        run: Callable[[tuple[int, int]], _Share] = partial(self._share, batch, trained)
+        run: Callable[[tuple[int, int]], _Share] = partial(self._share, batch, weight, trained)
         shares = list(self._pool.map(run, batch.edges(self._number_of_shares(batch.rows))))
         for number, parameter in enumerate(self._parameters):
-            parameter.grad = torch.stack([s.parameters[number] for s in shares]).sum(0)
+            found = [share.parameters[number] for share in shares]
+            parameter.grad = torch.stack(found or [torch.zeros_like(parameter)]).sum(0)
+        loss = sum(share.loss for share in shares)
+        end_sum = self._begin_sum(self._parameters, loss) if self._begin_sum else None
         roots = {name: value for name, value in trained.items() if value.requires_grad}
-        gradients = [torch.cat([share.inputs[name] for share in shares]) for name in roots]
+        gradients = [
+            torch.cat([share.inputs[name] for share in shares] or [torch.zeros_like(value)])
+            for name, value in roots.items()
+        ]
         torch.autograd.backward(list(roots.values()), gradients)
-        return sum(share.loss for share in shares)
+        return end_sum() if end_sum else loss
 
     def _number_of_shares(self, rows: int) -> int:
         """Return a multiple of the threads: small shares even out what else the cores do."""
         return self._threads * max(1, round(rows / (self._threads * _SHARE_ROWS)))
 
     def _share(
-        self, batch: EncodedBatch, trained: dict[str, Tensor], edge: tuple[int, int]
+        self, batch: EncodedBatch, weight: float, trained: dict[str, Tensor], edge: tuple[int, int]
     ) -> _Share:
         part = batch.select(*edge)
         ranges = {name: batch.candidates(*edge) for name in _CANDIDATE_INPUTS}
@@ -85,7 +111,7 @@ class ParallelStep:
         losses = F.binary_cross_entropy_with_logits(
             logits.float(), part.clicked, weight_c, reduction="sum"
         )
-        loss = losses / max(batch.total_weight(), 1e-9)
+        loss = losses / weight
         found = torch.autograd.grad(loss, [*self._parameters, *leaves.values()])
         count = len(self._parameters)
         inputs = {

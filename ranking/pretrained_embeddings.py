@@ -193,8 +193,12 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
             [B, D] float32.
         """
         table = self._table_of[feature]
+        if self.mode == "frozen":
+            return self.embedding_bags[table](rows, offsets).float()
+        # One that is spread over processes (`ranking.distributed_tables`) is looked up by all.
+        whole = isinstance(self._fused[table], FusedEmbeddingBagCollection)
         no_bags = len(offsets) == 1  # the fused lookup fails on none at all
-        if self.mode == "frozen" or no_bags or not torch.is_grad_enabled():
+        if whole and (no_bags or not torch.is_grad_enabled()):
             return self.embedding_bags[table](rows, offsets).float()
         known = rows > 0
         if known.all():

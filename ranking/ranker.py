@@ -283,7 +283,8 @@ def _embed(tables: FusedEmbeddingBagCollection | None, rows: Tensor, dense: Tens
     if tables is None:
         return dense
     names = [name for config in tables.embedding_bag_configs() for name in config.feature_names]
-    if rows.shape[1] == 0:  # torchrec cannot split an empty KeyedJaggedTensor
+    # torchrec cannot split an empty KeyedJaggedTensor; tables spread over processes must be asked.
+    if rows.shape[1] == 0 and isinstance(tables, FusedEmbeddingBagCollection):
         dims = [config.embedding_dim for config in tables.embedding_bag_configs()]
         return torch.zeros(0, sum(dims) + dense.shape[1])
     features = KeyedJaggedTensor(

@@ -17,14 +17,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embeddings.default_tables import ensure_tables
+from embeddings.default_tables import TABLES, ensure_tables
 from features import columns
 from features.batch import RecordFiles, level_features
+from features.checkpoint import copy_into
 from features.config_file import to_toml
 from features.console import print_table, progress_bar, say
 from features.errors import BadInputError
@@ -37,10 +39,11 @@ from features.schema import LEVELS, DatasetSchema, Level
 from features.transforms import LevelTransforms, fit
 from ranking.bundle import Bundle, PretrainedTables
 from ranking.config import RankerConfig
+from ranking.distributed import from_first, is_first, process_group, world
 from ranking.metrics import Predictions, SliceMetrics, metrics_document, slice_metrics
 from ranking.ranker import Ranker
 from ranking.report import RunReport, format_slice_rows, write_report
-from ranking.training import Progress, Trainer, predict, seeded
+from ranking.training import Progress, Trainer, seeded
 from ranking.versions import CHECKED, installed_versions
 
 _PACKAGES = ("dashclip-ranker", *CHECKED)
@@ -154,7 +157,8 @@ def train_ranker(
 ) -> dict[str, Any]:
     """Train and evaluate a ranker on a dataset folder; returns the content of ``metrics.json``.
 
-    A run that was stopped carries on; one that is complete is not repeated.
+    A run that was stopped carries on; one that is complete is not repeated. Where torchrun started
+    several processes, all of them call it; the first prints and writes, and all return the same.
 
     Args:
         data: dataset folder; its request records are built into ``data/requests`` if need be.
@@ -166,7 +170,16 @@ def train_ranker(
     Raises:
         BadInputError: an input breaks a rule, or ``output`` holds another run.
     """
-    config = config or RankerConfig()
+    with process_group():
+        config, split = from_first(partial(_plan, data, config or RankerConfig()))
+        pretrained = None
+        if config.model.embedding_tower:
+            pretrained = PretrainedTables.read(tables or _own_tables(data))
+        return _Run(split, pretrained, config, output, command).execute()
+
+
+def _plan(data: Path, config: RankerConfig) -> tuple[RankerConfig, TrainingData]:
+    """Build the request records where need be; returns what to train on, and how."""
     schema = DatasetSchema.load(data)
     with progress_bar() as bar:
         task = bar.add_task("request records", total=None)
@@ -179,14 +192,19 @@ def train_ranker(
         )
     config = resolve(config, schema, manifest)
     schema = schema.leaving_out(config.transforms.leave_out)
-    split = TrainingData.plan(schema, manifest, config)
-    pretrained = None
-    if config.model.embedding_tower:
-        if tables is None:
-            tables = ensure_tables(data)
-        pretrained = PretrainedTables.read(tables)
-    run = _Run(split, pretrained, config, output, command)
-    return run.execute()
+    return config, TrainingData.plan(schema, manifest, config)
+
+
+def _own_tables(data: Path) -> Path:
+    """Return the folder of the dataset's own embedding tables, made where need be."""
+    if world() == 1:
+        return ensure_tables(data)
+    if not (data / TABLES).is_dir():
+        raise BadInputError(
+            f"{data}: has no embedding tables; several processes do not make them: name some with "
+            "--tables, or run build-tables first"
+        )
+    return data / TABLES
 
 
 class _Run:
@@ -207,21 +225,37 @@ class _Run:
         self.command = command or f"train_ranker into {output.name}"
 
     def execute(self) -> dict[str, Any]:
+        finished = from_first(self._finished)
+        if finished is not None:
+            return finished
+        say(f"fitting transforms on weeks {_span(self.data.train)}")
+        transforms = from_first(lambda: self.data.fit_transforms(self.config))
+        trainer = self._trainer(new_ranker(self.config, transforms, self.tables))
+        progress = self._train(trainer)
+        say(f"evaluating week {self.data.evaluate}")
+        predictions = trainer.predict(self.data.files(self.data.evaluate))
+        state = trainer.whole_state()
+
+        def write() -> dict[str, Any]:
+            assert predictions is not None, "the first process has them"
+            ranker = trainer.ranker
+            if world() > 1:
+                ranker = new_ranker(self.config, transforms, self.tables)
+                copy_into(ranker.trained_state(), state or {}, "the processes' model")
+            return self._write(ranker, progress, predictions)
+
+        return from_first(write)
+
+    def _finished(self) -> dict[str, Any] | None:
+        """Claim the folder; returns the figures of the run if it is complete."""
         self._claim()
         finished = self.output / METRICS
-        if finished.exists():
-            say(f"{self.output}: this run is complete; its figures:")
-            metrics = json.loads(finished.read_text(encoding="utf-8"))
-            self._show(metrics["slices"])
-            return metrics
-        say(f"fitting transforms on weeks {_span(self.data.train)}")
-        transforms = self.data.fit_transforms(self.config)
-        ranker = new_ranker(self.config, transforms, self.tables)
-        progress = self._train(ranker)
-        say(f"evaluating week {self.data.evaluate}")
-        files = self.data.files(self.data.evaluate)
-        predictions = predict(ranker, self.data.schema, files)
-        return self._write(ranker, progress, predictions)
+        if not finished.exists():
+            return None
+        say(f"{self.output}: this run is complete; its figures:")
+        metrics: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+        self._show(metrics["slices"])
+        return metrics
 
     def _claim(self) -> None:
         """Make the folder this run's, or find that it is already.
@@ -262,19 +296,30 @@ class _Run:
         left = (".run.json.partial-", ".config.toml.partial-")
         return all(name == "run.json" or name.startswith(left) for name in names)
 
-    def _train(self, ranker: Ranker) -> Progress:
-        data, config = self.data, self.config.training
-        rows = data.train_rows()
+    def _trainer(self, ranker: Ranker) -> Trainer:
+        data = self.data
+        kind = Trainer
+        if world() > 1:
+            from ranking.distributed_training import DistributedTrainer
+
+            kind = DistributedTrainer
         validation = data.files(data.validation) if data.validation is not None else None
-        trainer = Trainer(ranker, data.schema, data.train_files(), rows, config, validation)
+        files, rows = data.train_files(), data.train_rows()
+        return kind(ranker, data.schema, files, rows, self.config.training, validation)
+
+    def _train(self, trainer: Trainer) -> Progress:
+        state = self.output / "checkpoint" / "state.safetensors"
+        if not is_first():
+            return trainer.run(state)
+        rows = trainer.total_rows
         board = self.output / "tensorboard"
-        with closing(Monitor("training", rows * config.epochs, "rows", board)) as monitor:
+        with closing(Monitor("training", rows, "rows", board)) as monitor:
 
             def note(progress: Progress, loss: float) -> None:
                 figures = {"loss": loss}
                 monitor.step(done=progress.rows, seconds=progress.seconds, figures=figures)
 
-            progress = trainer.run(self.output / "checkpoint" / "state.safetensors", note)
+            progress = trainer.run(state, note)
             for epoch, found in enumerate(progress.validation, 1):
                 monitor.evaluated(epoch, {"log_loss": found})
         return progress

@@ -7,7 +7,7 @@ moment continues with the very same batches.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from ranking.parallel import ParallelStep
 from ranking.ranker import Ranker
 
 EVALUATION_ROWS = 1 << 14
+EVALUATION_GROUPS = 16
 _LOSS_POINTS = 100
 _SECTIONS = ("model", "adam", "tables", "best")
 
@@ -56,6 +57,21 @@ class Progress:
     seconds: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """What one optimiser step trains on.
+
+    Attributes:
+        batch: of several processes, the part of this one.
+        rows: candidates of all parts.
+        weight: what they count together in the loss.
+    """
+
+    batch: EncodedBatch
+    rows: int
+    weight: float
 
 
 class Trainer:
@@ -86,7 +102,7 @@ class Trainer:
         self.validation = validation
         self.progress = Progress()
         self.total_rows = total_rows * config.epochs
-        self._tables = ranker.table_optimizers()
+        self._tables = self._table_optimizers()
         self._peaks = {
             name: config.table_learning_rate
             if name.startswith("pretrained")
@@ -119,19 +135,47 @@ class Trainer:
             checkpoint: file that holds the run's state between chunks.
             on_step: called with the progress and the loss of the batch after each step.
 
+        A checkpoint that several processes wrote beside the file is taken up too.
+
         Raises:
             BadInputError: the loss became NaN or infinite, or the checkpoint does not fit.
         """
         keep_freed_memory()
-        if checkpoint is not None and checkpoint.exists():
+        if checkpoint is not None and checkpoint.parent.exists():
             self._restore(checkpoint)
-        step = ParallelStep(self.ranker, self.config.threads, bfloat16=self._bfloat16)
         # In one thread: an operation shared between cores would wait for the step's own threads.
-        with one_thread(), closing(step) as gradients:
+        with one_thread(), closing(self._gradients()) as gradients:
             self._train(gradients, checkpoint, on_step)
         if self._best:
-            copy_into(self.ranker.trained_state(), self._best, "best epoch")
+            copy_into(self._trained_state(), self._best, "best epoch")
         return self.progress
+
+    def predict(self, files: RecordFiles) -> Predictions | None:
+        """Score all records; of several processes only the first has the predictions."""
+        return predict(self.ranker, self.schema, files)
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """Return what training changed; of several processes only the first has it."""
+        return self.ranker.trained_state()
+
+    # What `ranking.distributed_training` does in another way.
+
+    def _table_optimizers(self) -> list[tuple[str, Any]]:
+        return self.ranker.table_optimizers()
+
+    def _gradients(self) -> ParallelStep:
+        return ParallelStep(self.ranker, self.config.threads, bfloat16=self._bfloat16)
+
+    def _trained_state(self) -> dict[str, Tensor]:
+        """Return what training changes, as far as this process holds it."""
+        return self.ranker.trained_state()
+
+    def _is_due(self, saved: float) -> bool:
+        """Whether it is time for a checkpoint, the last one having been written at ``saved``."""
+        return time.monotonic() - saved > self.config.checkpoint_seconds
+
+    def _validation_loss(self, files: RecordFiles) -> float:
+        return log_loss(predict(self.ranker, self.schema, files))
 
     def _train(
         self,
@@ -143,14 +187,22 @@ class Trainer:
         while self.progress.epoch < self.config.epochs and not self._got_worse():
             for chunk in self._chunks():
                 self._train_chunk(gradients, chunk, on_step)
-                if checkpoint and time.monotonic() - saved > self.config.checkpoint_seconds:
+                if checkpoint and self._is_due(saved):
                     self._save(checkpoint)
                     saved = time.monotonic()
             self._end_epoch()
             if checkpoint:
                 self._save(checkpoint)
 
-    def _chunks(self) -> Iterator[EncodedBatch]:
+    def _chunks(self) -> Iterator[Iterable[StepInput]]:
+        """Yield the steps of the epoch's chunks from the current one on."""
+        for chunk in self._read():
+            yield (
+                StepInput(batch=batch, rows=batch.rows, weight=batch.total_weight())
+                for batch in chunk.split(self.config.batch_rows)
+            )
+
+    def _read(self) -> Iterator[EncodedBatch]:
         """Yield the epoch's chunks from the current one on, made ahead by a worker thread."""
         seed, epoch, first = self.config.seed, self.progress.epoch, self.progress.chunk
 
@@ -160,26 +212,30 @@ class Trainer:
             order = request_order(len(records), seed=seed, epoch=epoch, chunk=chunk)
             return encoded.reorder(torch.from_numpy(order))
 
-        reads_history = self.ranker.config.embedding_tower and self.ranker.config.purchase_history
         tables = self.files.chunks(
             self.config.chunk_groups,
             seed=seed,
             epoch=epoch,
             skip=first,
-            leave_out=() if reads_history else (columns.PURCHASE_HISTORY,),
+            leave_out=self._not_read(),
         )
         return prefetch(enumerate(tables, first), encode)
+
+    def _not_read(self) -> tuple[str, ...]:
+        """Return the columns that the model does not read."""
+        reads_history = self.ranker.config.embedding_tower and self.ranker.config.purchase_history
+        return () if reads_history else (columns.PURCHASE_HISTORY,)
 
     def _train_chunk(
         self,
         gradients: ParallelStep,
-        chunk: EncodedBatch,
+        chunk: Iterable[StepInput],
         on_step: Callable[[Progress, float], None] | None,
     ) -> None:
         progress = self.progress
         total, rows = 0.0, 0
-        for number, batch in enumerate(chunk.split(self.config.batch_rows)):
-            loss = self._step(gradients, batch)
+        for number, step in enumerate(chunk):
+            loss = self._step(gradients, step)
             if not math.isfinite(loss):
                 raise BadInputError(
                     f"the loss became {loss} in epoch {progress.epoch + 1}, chunk "
@@ -187,12 +243,12 @@ class Trainer:
                     "learning rates or look for extreme values in the dense features"
                 )
             progress.step += 1
-            progress.rows += len(batch.clicked)
+            progress.rows += step.rows
             now = time.monotonic()
             progress.seconds += now - self._clock
             self._clock = now
-            total += loss * len(batch.clicked)
-            rows += len(batch.clicked)
+            total += loss * step.rows
+            rows += step.rows
             if rows >= self.total_rows / _LOSS_POINTS:
                 progress.losses.append((progress.rows, total / rows))
                 total, rows = 0.0, 0
@@ -202,19 +258,22 @@ class Trainer:
         if rows:
             progress.losses.append((progress.rows, total / rows))
 
-    def _step(self, gradients: ParallelStep, batch: EncodedBatch) -> float:
+    def _step(self, gradients: ParallelStep, step: StepInput) -> float:
         self._set_rates(self.progress.rows / max(self.total_rows, 1))
-        loss = gradients(batch)
+        loss = gradients(step.batch, step.weight)
         self._adam.step()
         return loss
 
-    def _set_rates(self, done: float) -> None:
-        """Set the learning rates at the share ``done`` of the run: linear warm-up, then cosine."""
+    def _factor(self, done: float) -> float:
+        """Return what rates are multiplied by at the share ``done``: linear warm-up, cosine."""
         warmup = self.config.warmup
         if done < warmup:
-            factor = (done + 1e-3) / (warmup + 1e-3)
-        else:
-            factor = 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup + 1e-9)))
+            return (done + 1e-3) / (warmup + 1e-3)
+        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup + 1e-9)))
+
+    def _set_rates(self, done: float) -> None:
+        """Set the learning rates at the share ``done`` of the run."""
+        factor = self._factor(done)
         for group in self._adam.param_groups:
             group["lr"] = self.config.learning_rate * factor
         for name, optimizer in self._tables:
@@ -233,32 +292,54 @@ class Trainer:
         progress.chunk = 0
         if self.validation is None:
             return
-        predictions = predict(self.ranker, self.schema, self.validation)
-        p = np.clip(predictions.probability, 1e-7, 1 - 1e-7)
-        loss = -np.where(predictions.clicked, np.log(p), np.log1p(-p)).mean()
+        loss = self._validation_loss(self.validation)
         if loss < min(progress.validation, default=math.inf):
-            self._best = {k: v.clone() for k, v in self.ranker.trained_state().items()}
-        progress.validation.append(float(loss))
+            self._best = {k: v.clone() for k, v in self._trained_state().items()}
+        progress.validation.append(loss)
+
+    def _momenta(self) -> dict[str, Tensor]:
+        """Return what the tables' optimisers keep, as far as this process holds it."""
+        return {
+            f"{name}/{parameter}/{key}": value
+            for name, optimizer in self._tables
+            for parameter, values in optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
-        tables = {}
-        for name, optimizer in self._tables:
-            for parameter, values in optimizer.state_dict()["state"].items():
-                for key, value in values.items():
-                    tables[f"{name}/{parameter}/{key}"] = value
-        adam = {}
-        for number, values in self._adam.state_dict()["state"].items():
-            for key, value in values.items():
-                adam[f"{number}/{key}"] = value
-        return {"model": self.ranker.trained_state(), "adam": adam, "tables": tables}
+        adam = {
+            f"{number}/{key}": value
+            for number, values in self._adam.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+        return {"model": self._trained_state(), "adam": adam, "tables": self._momenta()}
 
     def _save(self, path: Path) -> None:
         sections = self._state() | {"best": self._best}
         tensors = {f"{s}/{n}": t for s, part in sections.items() for n, t in part.items()}
-        save_state(path, tensors, asdict(self.progress))
+        self._write(path, tensors, asdict(self.progress))
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        save_state(path, tensors, header)
+        if len(list(path.parent.iterdir())) > 1:  # others that several processes wrote
+            from ranking.sharded_checkpoint import remove_others
+
+            remove_others(path, path)
+
+    def _load(self, path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest checkpoint, its tensors and its header; None where there is none."""
+        if {found.name for found in path.parent.iterdir()} <= {path.name}:
+            return (path, *load_state(path)) if path.exists() else None
+        from ranking.sharded_checkpoint import newest, read_any
+
+        found = newest(path)
+        return (found, *read_any(found, {})) if found is not None else None
 
     def _restore(self, path: Path) -> None:
-        tensors, header = load_state(path)
+        loaded = self._load(path)
+        if loaded is None:
+            return
+        path, tensors, header = loaded
         saved: dict[str, dict[str, Tensor]] = {section: {} for section in _SECTIONS}
         for name, tensor in tensors.items():
             section, _, rest = name.partition("/")
@@ -275,6 +356,12 @@ class Trainer:
         self._best = saved["best"]
         header["losses"] = [tuple(entry) for entry in header["losses"]]
         self.progress = Progress(**header)
+
+
+def log_loss(predictions: Predictions) -> float:
+    """Return the mean log loss of all candidates."""
+    p = np.clip(predictions.probability, 1e-7, 1 - 1e-7)
+    return float(-np.where(predictions.clicked, np.log(p), np.log1p(-p)).mean())
 
 
 @torch.no_grad()
@@ -298,7 +385,7 @@ def predict(
         return raw, ranker.encode(raw)
 
     scores, clicked, lengths, history = [], [], [], []
-    for raw, chunk in prefetch(files.chunks(16), encode):
+    for raw, chunk in prefetch(files.chunks(EVALUATION_GROUPS), encode):
         for batch in chunk.split(EVALUATION_ROWS):
             scores.append(torch.sigmoid(ranker(batch)).numpy())
             if on_rows:
