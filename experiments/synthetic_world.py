@@ -165,9 +165,9 @@ class World:
         self._store = random.normal(0, 0.2, STORES)
         self._hour = random.normal(0, 0.2, HOURS)
         self._segment = random.normal(0, 0.2, SEGMENTS)
-        # Each segment has a liking along two directions in which the brands differ.
-        self._brand_of_segment = np.einsum(
-            "sk,bk->sb", random.normal(0, 0.4, (SEGMENTS, 2)), random.normal(0, 0.7, (BRANDS, 2))
+        # Brands differ in one trait, which each segment likes more or less.
+        self._brand_of_segment = np.outer(
+            random.normal(0, 0.8, SEGMENTS), random.normal(0, 0.3, BRANDS)
         )
         self._price_of_segment = random.normal(-0.3, 0.2, SEGMENTS)
         self._discount_of_store = random.normal(1.5, 0.7, STORES)
