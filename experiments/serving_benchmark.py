@@ -35,10 +35,12 @@ from features.console import say
 from features.errors import BadInputError
 from ranking.explain_sample import Week
 from ranking.run import versions
+from ranking.versions import installed_versions
 from serving.exported import ExportedRanker
 from serving.manifest import PT2
 
 _CASES = "cases"
+_CLIENT = ("numpy", "redis", "hiredis")
 
 VARIANTS = (
     FUSED,
@@ -115,11 +117,12 @@ def benchmark_serving(
                 _in_a_process(task, measure_variant, variant, cases, source)
     document = {
         "dataset": exported.manifest.dataset,
+        "caveat": week.bundle.schema.caveat,
         "model": exported.manifest.fingerprint,
         "machine": machine,
         **make_document(task.results, plan, cases),
         "command": command,
-        "versions": versions(),
+        "versions": versions() | installed_versions(_CLIENT),
     }
     write_results(output, document)
     return document

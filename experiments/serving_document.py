@@ -115,6 +115,9 @@ def headline(cases: list[dict[str, Any]], shape: tuple[int, int]) -> dict[str, A
             "fused_p50_over_limit_at_shapes": fused["p50_ms"] / fused["limit_at_shapes_ms"],
             "fetched_p99_ms": fetched["p99_ms"],
             "fetched_over_fused_p99": fetched["p99_ms"] / fused["p99_ms"],
+            "delay_ms_to_wanted": max(
+                FETCHED_OVER_FUSED_AT_LEAST * fused["p99_ms"] - fetched["p99_ms"], 0.0
+            ),
             "fetched_thin_p99_ms": thin["p99_ms"],
             "fetched_thin_over_fused_p99": thin["p99_ms"] / fused["p99_ms"],
             "fetching_over_dense": fetching_over_dense(fetched),

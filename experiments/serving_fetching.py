@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -79,9 +79,10 @@ def open_redis(url: str) -> "redis.Redis":
 
 @contextmanager
 def running_redis(core: int | None) -> Iterator[str]:
-    """Run a Redis server on a unix socket and yield its URL; it is gone afterwards.
+    """Run a Redis server on this machine's loopback and yield its URL; it is gone afterwards.
 
-    It keeps nothing on disk and serves no other connection.
+    It is reached over TCP, as a store on another machine would be, without a network's delay. It
+    keeps nothing on disk and serves no other connection.
 
     Args:
         core: processor core to run on; any where None.
@@ -95,14 +96,16 @@ def running_redis(core: int | None) -> Iterator[str]:
             "feature fetching needs a Redis server: install redis-server, or name a running one "
             "with --redis URL"
         )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     with tempfile.TemporaryDirectory(prefix="redis-") as folder:
-        path, log = Path(folder, "redis.sock"), Path(folder, "redis.log")
-        command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly"]
+        log = Path(folder, "redis.log")
+        command = [program, "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly"]
         command += ["no", "--daemonize", "no", "--dir", folder, "--logfile", str(log)]
         with _on_core(core):
             server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            url = f"unix://{path}"
+            url = f"redis://127.0.0.1:{port}/0"
             _await(url, server, log)
             yield url
         finally:
@@ -125,19 +128,19 @@ def _on_core(core: int | None) -> Iterator[None]:
 
 
 def _await(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when this server, and no other, answers at the URL."""
     end = time.monotonic() + _START_SECONDS
-    while True:
+    problem = "it does not answer"
+    while server.poll() is None and time.monotonic() < end:
         try:
-            open_redis(url).close()
-            return
+            with open_redis(url) as client:
+                if ServerUse.now(client).pid == server.pid:
+                    return
         except BadInputError as error:
-            if server.poll() is None and time.monotonic() < end:
-                time.sleep(0.02)
-                continue
-            said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-            raise BadInputError(
-                f"redis-server did not start: {said[-1] if said else error}"
-            ) from error
+            problem = str(error)
+        time.sleep(0.02)
+    said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    raise BadInputError(f"redis-server did not start: {said[-1] if said else problem}")
 
 
 def write_tables(url: str, tables: Mapping[str, PretrainedTable]) -> None:
@@ -209,14 +212,15 @@ class Thin:
     application would be served by it; it tells how much of the time is not the client's.
 
     Args:
-        url: of a server on a unix socket.
+        url: of the server.
         dim: E.
     """
 
     def __init__(self, url: str, dim: int) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(_TIMEOUT)
-        self._socket.connect(url.removeprefix("unix://"))
+        self._client = open_redis(url)
+        # redis-py connects, signs in and selects the database; its socket is used by itself.
+        self._connection: Any = self._client.connection_pool.get_connection()
+        self._socket = cast(socket.socket, self._connection._sock)
         self._head = b"$%d\r\n" % (2 * dim)
         self._stride = len(self._head) + 2 * dim + 2
         self._buffer = bytearray()
@@ -254,7 +258,8 @@ class Thin:
 
     def close(self) -> None:
         """Close the connection."""
-        self._socket.close()
+        self._connection.disconnect()
+        self._client.close()
 
 
 def _mget(prefix: bytes, ids: Integers) -> bytes:

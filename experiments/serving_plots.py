@@ -68,7 +68,7 @@ def latency_plot(document: Mapping[str, Any]) -> str:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
         return to_svg(figure, "serving-latency")
 
 

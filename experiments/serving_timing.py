@@ -7,6 +7,7 @@ which its stages ended.
 import ctypes
 import gc
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ def closed_loop(
 ) -> dict[str, Any]:
     """Send one request after the other and return what that took.
 
+    ``preempted`` is how often other work took the core away.
+
     Args:
         serve: answers the i-th of the different requests.
         stages: names of its stages.
@@ -42,17 +45,20 @@ def closed_loop(
     done = 0
     clock = time.perf_counter_ns
     with quiet():
+        preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         cpu = time.process_time()
         end = clock() + int(seconds * 1e9)
         while done < requests and (start := clock()) < end:
             marks[done] = [start, *serve(done % different)]
             done += 1
         cpu = time.process_time() - cpu
+        preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - preempted
     marks = marks[:done]
     spent = np.diff(marks, axis=1) / 1e6
     return {
         **latencies((marks[:, -1] - marks[:, 0]) / 1e6),
         "cpu_ms": cpu * 1e3 / done,
+        "preempted": preempted,
         "warm_up": warm_up,
         "stages_ms": {
             name: {"mean": float(column.mean()), "p50": float(np.median(column))}

@@ -244,6 +244,7 @@ class TestHeadline:
         assert found["fused_p50_over_limit"] == pytest.approx(2)
         assert found["fused_p50_over_limit_at_shapes"] == pytest.approx(1.2)
         assert found["fetched_over_fused_p99"] == pytest.approx(6)
+        assert found["delay_ms_to_wanted"] == 0  # 4.8 ms are more than 5 times 0.8 ms
         assert found["fetched_thin_over_fused_p99"] == pytest.approx(2)
         assert found["fetching_over_dense"] == pytest.approx(8)
         assert fetching_over_dense(cases[1]) == pytest.approx(8)
