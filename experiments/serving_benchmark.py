@@ -93,7 +93,8 @@ def benchmark_serving(
     machine = describe_machine()
     core, redis_core = own_cores()
     machine |= {"threads": 1, "model_core": core, "redis_core": redis_core, "redis": redis}
-    settings = {"model": exported.manifest.fingerprint, "redis": redis, "plan": asdict(plan)}
+    settings = {"cpu": machine["cpu"], "redis": redis, "plan": asdict(plan)}
+    settings |= {"model": exported.manifest.fingerprint}
     task = Task(
         run=run,
         plan=plan,
