@@ -12,6 +12,7 @@ class Options:
     """Encode the catalog and the queries of a dataset folder into embedding tables.
 
     A run that was stopped goes on where it was; a changed catalog encodes only what changed.
+    Started by torchrun, it encodes in several processes, with the same result.
     """
 
     data: Path
@@ -31,15 +32,17 @@ def main() -> int:
 
 
 def _build(options: Options) -> None:
-    from embeddings.build import build_tables
+    from embeddings.build import build_tables_together
+    from embeddings.distributed import process_group
     from embeddings.open_encoder import open_encoder
 
-    build_tables(
-        options.data,
-        options.output,
-        open_encoder(options.model),
-        max_broken_images=options.max_broken_images,
-    )
+    with process_group():
+        build_tables_together(
+            options.data,
+            options.output,
+            open_encoder(options.model),
+            max_broken_images=options.max_broken_images,
+        )
 
 
 if __name__ == "__main__":

@@ -33,13 +33,14 @@ class ImageFaults:
 
     Args:
         max_share: the largest share of broken images among those seen that is put up with, 0 to 1.
+        silent: name no product.
 
     Attributes:
         seen: images decoded so far, broken ones included; a missing image is none.
         broken: those of them that are broken.
     """
 
-    def __init__(self, max_share: float = 0.1) -> None:
+    def __init__(self, max_share: float = 0.1, *, silent: bool = False) -> None:
         if not 0 <= max_share <= 1:
             raise BadInputError(
                 f"the largest share of broken images lies between 0 and 1, got {max_share}"
@@ -47,6 +48,7 @@ class ImageFaults:
         self.max_share = max_share
         self.seen = 0
         self.broken = 0
+        self._silent = silent
         self._named: set[int] = set()
         self._pool = ThreadPoolExecutor(thread_name_prefix="decode")
 
@@ -72,6 +74,11 @@ class ImageFaults:
             self._check_share()
         return images
 
+    def repeat(self, *, broken: bool) -> None:
+        """Count an image that was decoded for another product."""
+        self.seen += 1
+        self.broken += broken
+
     def check(self) -> None:
         """Say how many images were broken, once all were seen.
 
@@ -92,7 +99,8 @@ class ImageFaults:
         self.broken += 1
         if product_id not in self._named and len(self._named) < _NAMED:
             self._named.add(product_id)
-            say(f"product {product_id}: its image counts as missing: {found}")
+            if not self._silent:
+                say(f"product {product_id}: its image counts as missing: {found}")
         return None
 
     def _check_share(self) -> None:

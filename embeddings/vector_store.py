@@ -55,6 +55,7 @@ class VectorStore:
         self.added = 0
         self._encoder = encoder
         self._rows: dict[bytes, int] = {}
+        self._settled = 0
         self._blocks = [np.empty((0, encoder.dim), np.float16)]
         self._unsaved = 0  # blocks, the last ones
         self._saved_at = time.monotonic()
@@ -64,6 +65,14 @@ class VectorStore:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows
+
+    def settle(self) -> None:
+        """Take what is here for what finished tables hold, which does not change in a build."""
+        self._settled = len(self)
+
+    def is_settled(self, key: bytes) -> bool:
+        """Return whether ``key`` was here when `settle` was called."""
+        return self._rows.get(key, self._settled) < self._settled
 
     def read(self, path: Path) -> None:
         """Take the vectors of an embedding table or part.
@@ -109,20 +118,12 @@ class VectorStore:
         self.added += len(keys)
         self._unsaved += 1
         if time.monotonic() - self._saved_at >= _SECONDS_A_PART:
-            self._save()
+            self.save()
 
-    def take(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return the [N, D] float16 vectors of ``keys``, all of which are here."""
-        rows = np.fromiter((self._rows[key] for key in keys), np.int64, len(keys))
-        return np.concatenate(self._blocks)[rows]
-
-    def _append(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
-        start = len(self._rows)
-        self._rows.update((key, start + row) for row, key in enumerate(keys))
-        assert len(self._rows) == start + len(keys), "a content was encoded twice"
-        self._blocks.append(vectors)
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save what was added and is not saved yet as a part."""
+        if not self._unsaved:
+            return
         embedding = np.concatenate(self._blocks[-self._unsaved :])
         keys = list(self._rows)[-len(embedding) :]
         part = EmbeddingTable(
@@ -135,3 +136,14 @@ class VectorStore:
         write_table(self.parts / f"{keys[0].hex()}.parquet", part)
         self._unsaved = 0
         self._saved_at = time.monotonic()
+
+    def take(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Return the [N, D] float16 vectors of ``keys``, all of which are here."""
+        rows = np.fromiter((self._rows[key] for key in keys), np.int64, len(keys))
+        return np.concatenate(self._blocks)[rows]
+
+    def _append(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+        start = len(self._rows)
+        self._rows.update((key, start + row) for row, key in enumerate(keys))
+        assert len(self._rows) == start + len(keys), "a content was encoded twice"
+        self._blocks.append(vectors)

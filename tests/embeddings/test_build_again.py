@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embeddings import build, contents, vector_store
+from embeddings import build, contents, encoding, vector_store
 from embeddings.build import build_tables
 from embeddings.tables import read_table
 
@@ -91,7 +91,7 @@ def output(tmp_path):
 def small(monkeypatch):
     """Let calls and parts be small."""
     monkeypatch.setattr(contents, "_AT_ONCE", AT_ONCE)
-    monkeypatch.setattr(build, "_TEXTS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr(encoding, "_TEXTS_AT_ONCE", AT_ONCE)
     monkeypatch.setattr(vector_store, "_SECONDS_A_PART", 0.0)
 
 
@@ -251,6 +251,6 @@ def test_left_over_parts_of_whole_tables_are_removed(data, output, capsys):
 
 
 if __name__ == "__main__":
-    contents._AT_ONCE = build._TEXTS_AT_ONCE = AT_ONCE
+    contents._AT_ONCE = encoding._TEXTS_AT_ONCE = AT_ONCE
     vector_store._SECONDS_A_PART = 0.0
     build_tables(Path(sys.argv[1]), Path(sys.argv[2]), Grouped(seconds_a_call=0.2))
