@@ -276,11 +276,15 @@ def _check_time_zones(*timestamps: tuple[DataTable, str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A condition (SQL) that no row may meet, and what is said of one that does."""
+    """A condition (SQL) that no row may meet, and what is said of one that does.
+
+    ``shown`` is the SQL of the value that the sentence names.
+    """
 
     column: str
     broken: str
     sentence: str
+    shown: str = "NULL"
 
 
 def _null_rules(kinds: dict[str, _Kind]) -> list[_Rule]:
@@ -291,13 +295,13 @@ def _time_rule(table: DataTable, name: str) -> _Rule:
     read = table.reads[name]
     outside = f"NOT ({read} >= DATE '{EARLIEST}' AND {read} < DATE '{LATEST}')"
     sentence = f"is {{}}, not in [{EARLIEST}, {LATEST}); check the unit of the timestamps"
-    return _Rule(name, outside, sentence)
+    return _Rule(name, outside, sentence, f"{read}::STRING")
 
 
 def _finite_rule(feature: Feature) -> _Rule:
     value = f"{quote(feature.name)}::DOUBLE"
     infinite = f"NOT isnan({value}) AND abs({value}) > {_FLOAT32_MAX!r}"
-    return _Rule(feature.name, infinite, "is {}, not a finite 32-bit number")
+    return _Rule(feature.name, infinite, "is {}, not a finite 32-bit number", value)
 
 
 def _check_rows(
@@ -310,8 +314,7 @@ def _check_rows(
     for rule, count in zip(rules, broken, strict=True):
         if count:
             row = connection.execute(
-                "SELECT filename, file_row_number, "
-                f"{quote(rule.column)}::STRING FROM {table.located} "
+                f"SELECT filename, file_row_number, {rule.shown} FROM {table.located} "
                 f"WHERE {rule.broken} ORDER BY filename, file_row_number LIMIT 1"
             ).fetchone()
             assert row is not None

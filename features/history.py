@@ -32,35 +32,53 @@ HISTORY_SCHEMA = pa.schema(
         columns.PURCHASE_AGE_DAYS: pa.list_(pa.int16()),
     }
 )
-_OLDEST = 2**15 - 1
-_DAY_US = 24 * 60 * 60 * 1_000_000
+OLDEST_DAYS = 2**15 - 1
+DAY_US = 24 * 60 * 60 * 1_000_000
 
 # Requests of one user at one instant (one basket) share a history, so it is built once for them.
-# The bounds of the outer WHERE say nothing new: they let the scan skip purchases of other times.
-_SQL = """
-WITH moments AS (SELECT DISTINCT user_id, requested_at FROM requests),
-histories AS (
-    SELECT
-        user_id,
-        requested_at,
-        list(product_id ORDER BY purchased_at DESC, product_id)[:{cap}] AS products,
-        list(purchased_at ORDER BY purchased_at DESC)[:{cap}] AS times,
-    FROM moments JOIN purchases USING (user_id)
-    WHERE purchased_at >= requested_at - INTERVAL {days} DAY
-      AND purchased_at < requested_at
-      AND purchased_at >= TIMESTAMP '{first}' - INTERVAL {days} DAY
-      AND purchased_at < TIMESTAMP '{last}'
-    GROUP BY ALL
-)
+_HISTORIES = """
+SELECT user_id, requested_at, {lists}
+FROM (SELECT DISTINCT user_id, requested_at FROM requests) JOIN purchases USING (user_id)
+WHERE purchased_at >= requested_at - INTERVAL {days} DAY AND purchased_at < requested_at
+{bounds}
+GROUP BY user_id, requested_at
+"""
+
+_LISTS = """
+list(product_id ORDER BY purchased_at DESC, product_id)[:{cap}] AS products,
+list(purchased_at ORDER BY purchased_at DESC)[:{cap}] AS times
+"""
+
+# They say nothing new: they let the scan skip purchases of other times.
+_BOUNDS = """
+AND purchased_at >= TIMESTAMP '{first}' - INTERVAL {days} DAY AND purchased_at < TIMESTAMP '{last}'
+"""
+
+_OF_REQUESTS = """
 SELECT
     coalesce(products, []) AS purchase_history,
     coalesce([
         least((epoch_us(requested_at) - epoch_us(bought)) // {day_us}, {oldest})::SMALLINT
         FOR bought IN times
     ], []) AS purchase_age_days,
-FROM requests LEFT JOIN histories USING (user_id, requested_at)
+FROM requests LEFT JOIN ({histories}) USING (user_id, requested_at)
 ORDER BY requested_at, request_id
 """
+
+
+def histories_sql(lists: str, *, window_days: int, bounds: str = "") -> str:
+    """Return the SQL of the window, which DuckDB and Spark both speak.
+
+    It reads ``requests`` (``user_id``, ``requested_at``) and ``purchases`` (``user_id``,
+    ``product_id``, ``purchased_at``), and gives one row of ``user_id`` and ``requested_at`` a
+    history that is not empty.
+
+    Args:
+        lists: what is selected of the purchases of a history besides, in an engine's own words.
+        window_days: length of the window in days of 24 hours.
+        bounds: further conditions, ``AND ...``.
+    """
+    return _HISTORIES.format(lists=lists, days=window_days, bounds=bounds)
 
 
 def purchase_histories(
@@ -84,14 +102,11 @@ def purchase_histories(
     if requests.num_rows == 0:
         return HISTORY_SCHEMA.empty_table()
     times = pc.min_max(requests[columns.REQUESTED_AT])
-    sql = _SQL.format(
-        cap=cap,
-        days=window_days,
-        day_us=_DAY_US,
-        oldest=_OLDEST,
-        first=_literal(times["min"]),
-        last=_literal(times["max"]),
+    bounds = _BOUNDS.format(
+        days=window_days, first=_literal(times["min"]), last=_literal(times["max"])
     )
+    histories = histories_sql(_LISTS.format(cap=cap), window_days=window_days, bounds=bounds)
+    sql = _OF_REQUESTS.format(histories=histories, day_us=DAY_US, oldest=OLDEST_DAYS)
     keys = [columns.REQUEST_ID, columns.USER_ID, columns.REQUESTED_AT]
     connection.register("requests", requests.select(keys))
     try:
