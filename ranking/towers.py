@@ -61,7 +61,10 @@ class SplitCrossNet(nn.Module):
                 crossed = first
             else:
                 crossed = F.linear(x, self.net.kernels[layer], bias.squeeze(1))
-            x = (x_0 * crossed).add_(x)  # torch.addcmul's gradient reads and writes twice as much
+            if torch.is_grad_enabled():  # torch.addcmul's gradient reads and writes twice as much
+                x = (x_0 * crossed).add_(x)
+            else:
+                x = torch.addcmul(x, x_0, crossed)
         return x
 
 
