@@ -15,8 +15,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LAYERS = ("features", "embeddings", "ranking", "serving", "experiments")
 # What takes long to import: a command loads it only once it has work to do.
 HEAVY = (
-    *("captum", "duckdb", "fbgemm_gpu", "matplotlib"),
-    *("sklearn", "torch", "torchrec", "transformers"),
+    *("captum", "duckdb", "fastapi", "fbgemm_gpu", "matplotlib"),
+    *("sklearn", "torch", "torchrec", "transformers", "uvicorn"),
 )
 
 ANSWER_HELP = f"""
