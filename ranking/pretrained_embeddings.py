@@ -4,7 +4,7 @@ Legend: ``B`` bags, ``L`` ids of all bags, ``D`` embedding dimension, ``N`` rows
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+_BLOCK = 1 << 16
+
+
 def fused_tables(
     tables: list[EmbeddingBagConfig], learning_rate: float
 ) -> FusedEmbeddingBagCollection:
@@ -49,6 +52,12 @@ def fused_tables(
     return FusedEmbeddingBagCollection(
         tables, RowWiseAdagrad, {"lr": learning_rate, "eps": 1e-8}, device=torch.device("cpu")
     )
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    """Yield ranges of rows: a table is widened block by block, not as another table in memory."""
+    for first in range(0, rows, _BLOCK):
+        yield slice(first, first + _BLOCK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +142,9 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         bag = self.embedding_bags[table.name]
         del bag.weight
         bag.register_buffer("weight", torch.from_numpy(weight))
-        norm = torch.from_numpy(np.linalg.norm(weight.astype(np.float32), axis=1))
+        norm = torch.empty(len(weight))
+        for block in _blocks(len(weight)):
+            norm[block] = torch.from_numpy(np.linalg.norm(weight[block].astype(np.float32), axis=1))
         inverse = torch.where(norm > 0, 1 / norm.clamp(min=1e-12), 0)
         bag.register_buffer("inverse_norm", inverse, persistent=False)
 
@@ -153,11 +164,15 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         fused = fused_tables([alone], rate)
         self._fused[table.name] = fused
         weight = fused.state_dict()[f"embedding_bags.{table.name}.weight"]
+        blocks = list(_blocks(len(content.weight)))
         with torch.no_grad():
             if self.mode == "fine-tuned":
-                weight[1:] = torch.from_numpy(content.weight.astype(np.float32))
+                for block in blocks:
+                    values = torch.from_numpy(content.weight[block].astype(np.float32))
+                    weight[1:][block] = values
             else:
-                norm = float(np.sqrt(np.square(content.weight, dtype=np.float64).sum(1).mean()))
+                squares = [np.square(content.weight[b], dtype=np.float64).sum(1) for b in blocks]
+                norm = float(np.sqrt(np.concatenate(squares).mean()))
                 weight[1:].normal_(0, norm / table.embedding_dim**0.5)
             weight[0] = 0
         bag = self.embedding_bags[table.name]
