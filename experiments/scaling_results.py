@@ -54,40 +54,59 @@ class Ended:
     peak_bytes: int
 
 
-def run_python(arguments: Sequence[str], log: Path) -> Ended:
-    """Run ``python`` with ``arguments`` to its end, its standard error added to ``log``.
+# A process begins with the peak memory of the one that started it, so a small one starts it.
+_LAUNCHER = """\
+import json, os, signal, sys
+command = [sys.executable, *sys.argv[2:]]
+process = os.posix_spawn(sys.executable, command, os.environ)
+signal.signal(signal.SIGTERM, lambda *_: os.kill(process, signal.SIGTERM))
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command takes it and ends by itself
+_, status, usage = os.wait4(process, 0)
+with os.fdopen(int(sys.argv[1]), "w") as told:
+    json.dump([usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024], told)
+sys.exit(max(os.waitstatus_to_exitcode(status), -1) % 256)
+"""
+
+
+def run_python(arguments: Sequence[str]) -> Ended:
+    """Run ``python`` with ``arguments`` to its end; what it says on standard error is shown.
 
     Raises:
-        BadInputError: it failed; names the log.
+        BadInputError: it failed.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    root = str(Path(__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     started = time.monotonic()
-    with log.open("ab") as errors:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert process.stdout is not None
+    reads, writes = os.pipe()
+    with os.fdopen(reads) as told:
         try:
-            text = process.stdout.read().decode()
-            _, status, usage = os.wait4(process.pid, 0)
+            process = subprocess.Popen(
+                [sys.executable, "-S", "-c", _LAUNCHER, str(writes), *arguments],
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                pass_fds=(writes,),
+                text=True,
+            )
+        finally:
+            os.close(writes)
+        text = _output(process)
+        if process.returncode:
+            command = " ".join(["python", *arguments])
+            raise BadInputError(f"{command}: ended with status {process.returncode}, see above")
+        cpu_seconds, peak_bytes = json.load(told)
+    seconds = time.monotonic() - started
+    return Ended(text=text, seconds=seconds, cpu_seconds=cpu_seconds, peak_bytes=peak_bytes)
+
+
+def _output(process: "subprocess.Popen[str]") -> str:
+    """Return what a process prints until its end; it ends with this one."""
+    with process:
+        try:
+            text, _ = process.communicate()
         except BaseException:
             process.terminate()
-            process.wait()
             raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise BadInputError(
-            f"{log}: the process failed with status {process.returncode}; see there"
-        )
-    return Ended(
-        text=text,
-        seconds=time.monotonic() - started,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        peak_bytes=usage.ru_maxrss * 1024,
-    )
+    return text
 
 
 def write_part(output: Path, name: str, part: Part) -> None:
