@@ -1,7 +1,7 @@
 """Training of the ranker in one process against several: speed, efficiency, the same metrics.
 
-Each contestant is the real command in a folder of its own, with one thread a process: ``train-ranker``
-alone, and started by ``torchrun``::
+Each contestant is the real command in a folder of its own, with one thread a process:
+``train-ranker`` alone, and started by ``torchrun``::
 
     python -m experiments.scaling_processes --data data/complete-journey --output runs/processes
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.load_checks import Part, at_most
+from experiments.scaling_results import ScalingConfig, figure
 from features.config_file import from_toml, to_toml
 from features.console import print_table, run_command, say
 from features.errors import BadInputError
@@ -24,6 +26,7 @@ from features.files import write_text
 from ranking.config import RankerConfig
 
 FIGURES = "processes.json"
+_TOLERANCE = 1e-5  # float addition in another order, carried through hundreds of steps
 _METRICS = ("auc", "log_loss", "normalized_log_loss")
 
 
@@ -131,6 +134,19 @@ def measure_processes(
     }
     write_text(output / FIGURES, json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def measure(config: ScalingConfig) -> Part:
+    """Train in one process and in two, for ``scaling.json``."""
+    figures = measure_processes(config.data, config.output / "processes")
+    one, two = figures["contestants"].values()
+    checks = (
+        figure("rows/s of one process", one["rows_per_second"]),
+        figure("rows/s of two processes", two["rows_per_second"]),
+        figure("efficiency of two processes", figures["efficiency"]),
+        at_most("greatest difference of a metric", figures["greatest_difference"], _TOLERANCE),
+    )
+    return Part(checks=checks, figures=figures)
 
 
 def _train(number: int, data: Path, tables: Path, config: Path, output: Path) -> dict[str, Any]:

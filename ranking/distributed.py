@@ -50,8 +50,11 @@ _LOST = (
     "another process of this run ended, or this one was told to; give the same command again to "
     "carry on from the last checkpoint"
 )
-# How gloo, NCCL and the store say that nobody answers; they raise plain RuntimeErrors too.
-_SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "broken pipe", "timed out", "socket")
+# How gloo and NCCL say that nobody answers; they raise plain RuntimeErrors.
+_SIGNS_OF_LOSS = (
+    *("connection closed", "connection reset", "connection refused", "broken pipe"),
+    *("timed out", "timeout", "pair closure", "remote process exited"),
+)
 _EXIT_LOST = 1
 _groups: dict[str, dist.ProcessGroup] = {}
 
@@ -147,7 +150,7 @@ def _end(error: BaseException, store: dist.Store | None) -> NoReturn:
 
 def _means_loss(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_LOSS)
     )
 

@@ -21,6 +21,7 @@ from ranking.ranker import Ranker
 # NOTE: not torchrec's: its sharded tables carry an optimiser, and its quantised ones, which do
 # not, serve inference on one process. A pooled lookup would also not do for `ranking.history`,
 # which reads single rows.
+# NOTE: each process reads the whole table before it keeps its range of it.
 
 _BUFFERS = ("weight", "inverse_norm")
 

@@ -51,7 +51,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection  # isort: 
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad  # isort: skip
 
 _EPSILON = 1e-8
-COPIED_BYTES = 8 << 20  # tables up to this size are copied, as to send their gradients is cheap
+_COPIED_BYTES = 8 << 20  # tables up to this size are copied, as to send their gradients is cheap
 _RESERVED = 0.5  # of the memory, for everything else
 _COPIED = ShardingType.DATA_PARALLEL.value
 _SPREAD = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
@@ -126,7 +126,6 @@ class SpreadTraining:
     Args:
         ranker: changed in place.
         batch_rows: candidates in a batch of all processes, for the planner.
-        copied_bytes: tables up to this size are copied to every process.
 
     Attributes:
         plan: torchrec's, by collection.
@@ -139,9 +138,7 @@ class SpreadTraining:
     # NOTE: each process makes the whole tables before it keeps its part of them, so that their
     # first values are those of one process.
 
-    def __init__(
-        self, ranker: Ranker, batch_rows: int, *, copied_bytes: int = COPIED_BYTES
-    ) -> None:
+    def __init__(self, ranker: Ranker, batch_rows: int) -> None:
         self.weights: dict[str, Piece] = {}
         self.momenta: dict[str, Piece] = {}
         self.fused: list[tuple[str, Any]] = []
@@ -151,7 +148,7 @@ class SpreadTraining:
             for name, module in ranker.named_modules()
             if isinstance(module, FusedEmbeddingBagCollection)
         }
-        self.plan, sharded = _shard(whole, batch_rows // world(), copied_bytes)
+        self.plan, sharded = _shard(whole, batch_rows // world())
         for name, module in whole.items():
             self._take(name, module, sharded[name])
             tables = SpreadTables(sharded[name], module.embedding_bag_configs())
@@ -238,7 +235,7 @@ class _DenseElsewhere(DataParallelWrapper):
 
 
 def _shard(
-    whole: dict[str, FusedEmbeddingBagCollection], batch_rows: int, copied_bytes: int
+    whole: dict[str, FusedEmbeddingBagCollection], batch_rows: int
 ) -> tuple[ShardingPlan | None, dict[str, ShardedEmbeddingBagCollection]]:
     """Return the plan and the processes' collections, with values yet to be set."""
     if not whole:
@@ -251,7 +248,7 @@ def _shard(
         meta = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
         holder.add_module(_key(name), meta)
         for config in configs:
-            small = 4 * config.num_embeddings * config.embedding_dim <= copied_bytes
+            small = 4 * config.num_embeddings * config.embedding_dim <= _COPIED_BYTES
             # A table of products is looked up twice a step, which copies do not allow.
             kinds = [_COPIED] if small and not name.startswith("pretrained") else _SPREAD
             constraints[config.name] = ParameterConstraints(sharding_types=kinds)

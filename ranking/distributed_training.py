@@ -36,13 +36,14 @@ from ranking.distributed import (
     world,
 )
 from ranking.distributed_frozen import FrozenShards
-from ranking.distributed_tables import COPIED_BYTES, Piece, SpreadTraining
+from ranking.distributed_tables import Piece, SpreadTraining
 from ranking.encoded import EncodedBatch, edges, number_of_batches, offsets
 from ranking.metrics import Predictions
 from ranking.parallel import ParallelStep
+from ranking.prediction import EVALUATION_GROUPS, EVALUATION_ROWS, log_loss
 from ranking.ranker import Ranker
 from ranking.sharded_checkpoint import gather_whole, newest, read_any, save_sharded
-from ranking.training import EVALUATION_GROUPS, EVALUATION_ROWS, StepInput, Trainer, log_loss
+from ranking.training import StepInput, Trainer
 
 _MIB = 1 << 20
 
@@ -60,7 +61,6 @@ class DistributedTrainer(Trainer):
         total_rows: candidates in them, which fix the number of steps.
         config: how to train.
         validation: records of the validation week, or None.
-        copied_bytes: trainable tables up to this size are copied to every process.
     """
 
     def __init__(
@@ -71,10 +71,8 @@ class DistributedTrainer(Trainer):
         total_rows: int,
         config: TrainingConfig,
         validation: RecordFiles | None = None,
-        *,
-        copied_bytes: int = COPIED_BYTES,
     ) -> None:
-        self.spread = SpreadTraining(ranker, config.batch_rows, copied_bytes=copied_bytes)
+        self.spread = SpreadTraining(ranker, config.batch_rows)
         self.frozen = FrozenShards(ranker, config.whole_table_mb * _MIB)
         super().__init__(ranker, schema, files, total_rows, config, validation)
         for name, _ in self.spread.copied:

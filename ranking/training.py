@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -28,10 +27,9 @@ from ranking.config import TrainingConfig
 from ranking.encoded import EncodedBatch
 from ranking.metrics import Predictions
 from ranking.parallel import ParallelStep
+from ranking.prediction import log_loss, predict
 from ranking.ranker import Ranker
 
-EVALUATION_ROWS = 1 << 14
-EVALUATION_GROUPS = 16
 _LOSS_POINTS = 100
 _SECTIONS = ("model", "adam", "tables", "best")
 
@@ -141,7 +139,7 @@ class Trainer:
             BadInputError: the loss became NaN or infinite, or the checkpoint does not fit.
         """
         keep_freed_memory()
-        if checkpoint is not None and checkpoint.parent.exists():
+        if checkpoint is not None:
             self._restore(checkpoint)
         # In one thread: an operation shared between cores would wait for the step's own threads.
         with one_thread(), closing(self._gradients()) as gradients:
@@ -328,7 +326,7 @@ class Trainer:
 
     def _load(self, path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
         """Return the newest checkpoint, its tensors and its header; None where there is none."""
-        if {found.name for found in path.parent.iterdir()} <= {path.name}:
+        if {found.name for found in path.parent.glob("*")} <= {path.name}:
             return (path, *load_state(path)) if path.exists() else None
         from ranking.sharded_checkpoint import newest, read_any
 
@@ -356,49 +354,6 @@ class Trainer:
         self._best = saved["best"]
         header["losses"] = [tuple(entry) for entry in header["losses"]]
         self.progress = Progress(**header)
-
-
-def log_loss(predictions: Predictions) -> float:
-    """Return the mean log loss of all candidates."""
-    p = np.clip(predictions.probability, 1e-7, 1 - 1e-7)
-    return float(-np.where(predictions.clicked, np.log(p), np.log1p(-p)).mean())
-
-
-@torch.no_grad()
-def predict(
-    ranker: Ranker,
-    schema: DatasetSchema,
-    files: RecordFiles,
-    on_rows: Callable[[int], None] | None = None,
-) -> Predictions:
-    """Score all records, in the order of the files.
-
-    Args:
-        ranker: the model.
-        schema: of the records.
-        files: request records with labels.
-        on_rows: called with the number of candidates of each batch scored.
-    """
-
-    def encode(table: Any) -> tuple[RequestBatch, EncodedBatch]:
-        raw = RequestBatch.from_records(table, schema)
-        return raw, ranker.encode(raw)
-
-    scores, clicked, lengths, history = [], [], [], []
-    for raw, chunk in prefetch(files.chunks(EVALUATION_GROUPS), encode):
-        for batch in chunk.split(EVALUATION_ROWS):
-            scores.append(torch.sigmoid(ranker(batch)).numpy())
-            if on_rows:
-                on_rows(len(scores[-1]))
-        clicked.append(raw.clicked.numpy() > 0)
-        lengths.append(raw.lengths.numpy())
-        history.append(raw.history_lengths.numpy() > 0)
-    return Predictions(
-        clicked=np.concatenate(clicked),
-        probability=np.concatenate(scores),
-        lengths=np.concatenate(lengths),
-        with_history=np.concatenate(history),
-    )
 
 
 @contextmanager
