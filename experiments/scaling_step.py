@@ -40,6 +40,7 @@ CANDIDATES = 24
 _QUERIES = 1_000
 _WARM_UP_STEPS = 10
 _POOL_ROUNDS = 9
+_POOL_ROWS = 16_384
 _BATCH_ROWS = 4_096
 
 
@@ -104,7 +105,7 @@ def pool_histories(options: Options) -> dict[str, float]:
     computes all that belongs to the request once for each candidate.
     """
     torch.set_num_threads(1)
-    records = make_records(replace(options, rows=_BATCH_ROWS))
+    records = make_records(replace(options, rows=_POOL_ROWS))
     ranker = make_ranker(options, records)
     by_request = ranker.encode(RequestBatch.from_records(records, schema()))
     by_candidate = one_candidate_each(by_request)
