@@ -8,6 +8,7 @@ from features.errors import BadInputError
 from features.files import write_text
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished.json"  # says which build is under way
 
 # 2: records carry `purchase_age_days`. Before it manifests named no format.
 FORMAT = 2

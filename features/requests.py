@@ -25,14 +25,13 @@ from features.files import fingerprint, write_text
 from features.manifest import (
     FORMAT,
     MANIFEST,
+    UNFINISHED,
     OtherFormatError,
     RequestsManifest,
     WeekCounts,
     week_path,
 )
 from features.schema import Weeks
-
-_UNFINISHED = ".unfinished.json"
 
 
 def build_requests(
@@ -97,7 +96,7 @@ def build_requests(
             _write_missing(session, plan, progress)
     manifest = RequestsManifest(folder=output, weeks=weeks, unknown_products=unknown, **key)
     manifest.save()
-    (output / _UNFINISHED).unlink()
+    (output / UNFINISHED).unlink()
     return manifest
 
 
@@ -171,7 +170,7 @@ def _count_unknown(session: Session) -> int:
 
 def _make_room(output: Path, key: dict[str, Any]) -> None:
     """Remove what another build left in ``output``, and note which build is under way."""
-    note = output / _UNFINISHED
+    note = output / UNFINISHED
     text = json.dumps(key, indent=2) + "\n"
     for leftover in output.glob(".week-*.partial-*"):
         leftover.unlink()

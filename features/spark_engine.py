@@ -22,7 +22,7 @@ from features.data_table import quote
 from features.dataset import Dataset
 from features.engine import Plan
 from features.history import DAY_US, OLDEST_DAYS, histories_sql
-from features.manifest import week_path
+from features.manifest import UNFINISHED, week_path
 from features.record_files import ROW_GROUP, record_schema
 from features.spark import SparkConnection, activate, common_dialect, reading, spark_session
 from features.spark_tables import spark_dataset
@@ -132,8 +132,13 @@ class _Session:
         self._spark.sparkContext.setJobGroup(job, "request records", interruptOnCancel=True)
         schema = spark_writer.schema_option(record_schema(self.dataset))
         writer = records.write.format(spark_writer.FORMAT).mode("append")
-        folder = str(self._plan.output.absolute())
-        writer.options(**{spark_writer.FOLDER: folder, spark_writer.SCHEMA: schema}).save()
+        folder = self._plan.output.absolute()
+        options = {
+            spark_writer.FOLDER: str(folder),
+            spark_writer.NOTE: (folder / UNFINISHED).read_text(encoding="utf-8"),
+            spark_writer.SCHEMA: schema,
+        }
+        writer.options(**options).save()
 
     def _records(self, weeks: list[int]) -> "DataFrame":
         """Return the records of ``weeks``, each a partition of its own, in order."""

@@ -17,11 +17,12 @@ from pyspark.sql.datasource import (
 )
 from pyspark.sql.types import StructType
 
-from features.manifest import week_path
+from features.manifest import UNFINISHED, week_path
 from features.record_files import week_writer
 
 FORMAT = "dashclip-request-records"
 FOLDER = "folder"
+NOTE = "note"
 SCHEMA = "schema"
 WEEK = "week"
 
@@ -34,7 +35,8 @@ def schema_option(schema: pa.Schema) -> str:
 class RequestRecords(DataSource):
     """A sink of rows that are records with a column ``week``, one week a partition, in order.
 
-    Options: `FOLDER` of the records and `SCHEMA`.
+    Options: `FOLDER` of the records, their `SCHEMA`, and the `NOTE` of the build under way there.
+    A task that outlives its build, as one that was killed may leave some, writes nothing.
     """
 
     @classmethod
@@ -57,11 +59,14 @@ class _WeekWriter(DataSourceArrowWriter):
         if first is None:
             return WriterCommitMessage()
         week = first.column(WEEK)[0].as_py()
-        with week_writer(week_path(Path(self.options[FOLDER]), week), schema) as take:
+        folder = Path(self.options[FOLDER])
+        with week_writer(week_path(folder, week), schema) as take:
             batch: pa.RecordBatch | None = first
             while batch is not None:
                 records = pa.Table.from_batches([batch])
                 assert records[WEEK].unique().to_pylist() == [week], "one week a task"
                 take(records.select(schema.names).cast(schema))
                 batch = next(iterator, None)
+            if (folder / UNFINISHED).read_text(encoding="utf-8") != self.options[NOTE]:
+                raise RuntimeError(f"{folder}: another build is under way there")
         return WriterCommitMessage()

@@ -179,7 +179,8 @@ def test_zones_and_a_build_that_was_stopped(spark: Any, edges: Path, tmp_path: P
     build_requests(
         edges, output, engine=SparkEngine(), progress=lambda *counts: seen.append(counts)
     )
-    assert seen == [(done, 4) for done in range(len(kept) + 1, 5)]
+    assert seen[-1] == (4, 4)
+    assert len(seen) <= 4 - len(kept)  # a task may outlive the interruption
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     same_folders(output, expected.folder)
 
@@ -259,7 +260,8 @@ def test_the_command_gives_what_duckdb_gives(
 ) -> None:
     output = tmp_path / "found"
     arguments = ("--data", tiny_dataset, "--output", output, "--engine", "spark")
-    done = run(*arguments, "--master", "local[1]", SPARK_DRIVER_MEMORY="1g")
+    quick = {"SPARK_DRIVER_MEMORY": "1g", "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1"}
+    done = run(*arguments, "--master", "local[1]", **quick)
     assert done.returncode == 0, done.stderr
     assert "tiny: request records in" in done.stdout
     assert "pandas" not in done.stderr
