@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -73,7 +74,7 @@ def test_every_item_is_scored_once_in_order_and_no_batch_is_too_large(sizes, mos
     assert outcomes == [10 * item for item in range(len(of))]
     assert all(sum(of[i] for i in batch) <= most or len(batch) == 1 for batch in batches)
     # Nothing waits for no reason: each batch could not have taken the next one's first item.
-    for batch, following in zip(batches[1:], batches[2:], strict=False):
+    for batch, following in pairwise(batches[1:]):
         assert sum(of[i] for i in batch) + of[following[0]] > most
 
 
