@@ -23,7 +23,7 @@ MODULES: dict[PartName, str] = {
     "tables": "experiments.scaling_tables",
     "history": "experiments.scaling_history",
     "large": "experiments.scaling_large",
-    "processes": "experiments.scaling_training",
+    "processes": "experiments.scaling_processes",
     "spark": "experiments.scaling_spark",
 }
 _LEAST_IMPRESSIONS = 200_000
