@@ -143,8 +143,8 @@ class CatalogReading:
             self._faults.repeat(broken=key in self._broken)
         if not self._broken:
             return
-        for row, (key, title) in enumerate(zip(self.keys, self._catalog.titles, strict=True)):
-            if key in self._broken:
+        for row, title in enumerate(self._catalog.titles):
+            if self.keys[row] in self._broken:
                 self.keys[row] = None
                 if text := title.as_py():
                     self.keys[row] = bare = content_key(PRODUCT, text)

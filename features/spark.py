@@ -163,12 +163,14 @@ class SparkConnection:
 def reading(folder: Path) -> Iterator[None]:
     """Turn what Spark says of damaged files or values into a `BadInputError`, a full disk into
     an `OSError`."""  # noqa: D205, D209
-    from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
 
     try:
         yield
-    except (PySparkException, Py4JJavaError) as error:
+    except Exception as error:
+        # What Spark has no class for in Python comes as py4j's own.
+        if not isinstance(error, PySparkException) and not hasattr(error, "java_exception"):
+            raise
         trace = str(error)
         if "No space left on device" in trace:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
