@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 from experiments.load_checks import Check, Part, at_least, at_most
@@ -120,7 +120,7 @@ def _checks(found: dict[int, dict[str, Any]]) -> list[Check]:
     for name in ("features", "training"):
         over_time = part[f"{name}_over_time"]
         third = max(1, len(over_time) // 3)
-        share = mean(over_time[-third:]) / mean(over_time[:third])
+        share = median(over_time[-third:]) / median(over_time[:third])
         what = f"{size:,} impressions: rows/s of {name}, last third over first"
         checks.append(at_least(what, share, _LEAST_SPEED))
     checks.append(figure(f"{size:,} impressions: reachable AUC", part["truth"]["reachable_auc"]))
