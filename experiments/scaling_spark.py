@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from experiments.load_checks import Part, equals, holds
-from experiments.scaling_results import GIB, ScalingConfig, figure, run_python
+from experiments.scaling_results import ScalingConfig, figure, run_python
 from features.console import print_table, run_command, say
 from features.files import write_text
 from features.manifest import MANIFEST, RequestsManifest
@@ -63,10 +63,9 @@ def compare_engines(data: Path, output: Path) -> dict[str, Any]:
     """Build the records of ``data`` with each engine; returns the figures, writes ``spark.json``.
 
     Returns:
-        ``engines``: by name seconds of the whole command, impressions/s, seconds of all cores and
-        the most memory that its largest process held; ``compared`` columns of row groups, of which
-        ``different`` differ; ``same_manifest``; ``same_bytes``: weeks whose files are equal; what
-        the dataset holds.
+        ``engines``: by name seconds of the whole command and impressions/s; ``compared`` columns
+        of row groups, of which ``different`` differ; ``same_manifest``; ``same_bytes``: weeks whose
+        files are equal; what the dataset holds.
 
     Raises:
         BadInputError: a build failed.
@@ -84,8 +83,6 @@ def compare_engines(data: Path, output: Path) -> dict[str, Any]:
         engines[name] = {
             "seconds": round(ended.seconds, 2),
             "rows_per_second": round(rows / ended.seconds, 1),
-            "cpu_seconds": round(ended.cpu_seconds, 2),
-            "peak_gib_of_a_process": round(ended.peak_bytes / GIB, 3),
         }
     figures = {
         "dataset": built["duckdb"].dataset,
