@@ -56,23 +56,32 @@ def holds(name: str, passed: bool) -> Check:
 
 def write_part(output: Path, name: str, part: Part) -> None:
     """Put ``part`` into the output's ``load.json`` beside the parts that are there."""
-    results = read_results(output)
+    results = with_part(read_results(output), name, part)
+    write_text(output / RESULTS, json.dumps(results, indent=1) + "\n")
+
+
+def with_part(results: dict[str, Any], name: str, part: Part) -> dict[str, Any]:
+    """Return ``results`` with a part beside or in place of what is there, and the machine's own."""
     results["machine"] = {"cores": os.cpu_count(), "python": platform.python_version()}
     results.setdefault("parts", {})[name] = {
         "passed": all(check.passed for check in part.checks),
         "checks": [asdict(check) for check in part.checks],
         **part.figures,
     }
-    write_text(output / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """Return what ``load.json`` holds; empty where there is none.
+    """Return what ``load.json`` holds; see `read_file`."""
+    return read_file(output / RESULTS)
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """Return what a file of results holds; empty where there is none.
 
     Raises:
-        BadInputError: it is not the file that this command writes.
+        BadInputError: it is not a file that `with_part` made.
     """
-    file = output / RESULTS
     if not file.exists():
         return {}
     try:

@@ -2,16 +2,15 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.load_checks import Check, Part
+from experiments.load_checks import Check, Part, read_file, with_part
 from features.console import print_table
 from features.errors import BadInputError
 from features.files import write_text
@@ -111,32 +110,13 @@ def _output(process: "subprocess.Popen[str]") -> str:
 
 def write_part(output: Path, name: str, part: Part) -> None:
     """Put ``part`` into the output's ``scaling.json`` beside the parts that are there."""
-    results = read_results(output)
-    results["machine"] = {"cores": os.cpu_count(), "python": platform.python_version()}
-    results.setdefault("parts", {})[name] = {
-        "passed": all(check.passed for check in part.checks),
-        "checks": [asdict(check) for check in part.checks],
-        **part.figures,
-    }
+    results = with_part(read_results(output), name, part)
     write_text(output / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """Return what ``scaling.json`` holds; empty where there is none.
-
-    Raises:
-        BadInputError: it is not the file that this command writes.
-    """
-    file = output / RESULTS
-    if not file.exists():
-        return {}
-    try:
-        results = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise BadInputError(f"{file}: not JSON ({error})") from error
-    if not isinstance(results, dict):
-        raise BadInputError(f"{file}: not a result of this command")
-    return results
+    """Return what ``scaling.json`` holds; see `experiments.load_checks.read_file`."""
+    return read_file(output / RESULTS)
 
 
 def print_results(output: Path) -> None:
