@@ -32,7 +32,7 @@ def check_least(config: Any, least: Mapping[str, float]) -> None:
 
 
 def to_toml(config: Any) -> str:
-    """Return a configuration dataclass as TOML text, nested ones as tables."""
+    """Return a configuration dataclass as TOML text, nested ones as tables, or lists of them."""
     return _tables(config, "")
 
 
@@ -41,6 +41,8 @@ def _tables(config: Any, prefix: str) -> str:
     for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config)):
         if dataclasses.is_dataclass(value):
             nested.append(f"\n[{prefix}{name}]\n{_tables(value, f'{prefix}{name}.')}")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            nested += [f"\n[[{prefix}{name}]]\n{_tables(item, '')}" for item in value]
         else:
             plain.append(f"{name} = {_toml_value(value)}\n")
     return "".join(plain) + "".join(nested)
@@ -66,10 +68,17 @@ def from_dict(where: str, content: dict[str, Any], into: type[Config]) -> Config
     hints = get_type_hints(into)
     reject_unknown(where, content, hints)
     values = {k: _checked(f"{where}: '{k}'", value, hints[k]) for k, value in content.items()}
+    for entry in dataclasses.fields(into):  # type: ignore[arg-type]
+        if _is_needed(entry) and entry.name not in values:
+            raise BadInputError(f"{where}: '{entry.name}' is missing")
     try:
         return into(**values)
     except BadInputError as error:
         raise BadInputError(f"{where}: {error}") from None
+
+
+def _is_needed(entry: "dataclasses.Field[Any]") -> bool:
+    return entry.default is entry.default_factory is dataclasses.MISSING
 
 
 def _toml_value(value: Any) -> str:
