@@ -100,11 +100,10 @@ def _sample_week(source: Path, target: Path, keep: float, week: int) -> WeekCoun
 
 def _sample(records: pa.Table, keep: float, random: np.random.Generator) -> pa.Table:
     clicked = records[columns.CLICKED].combine_chunks()
-    clicks = np.add.reduceat(
-        np.append(clicked.flatten().to_numpy(zero_copy_only=False), False).astype(np.int64),
-        clicked.offsets.to_numpy()[:-1] - clicked.offsets[0].as_py(),
-    )
-    clicks = np.where(pc.list_value_length(clicked).to_numpy(zero_copy_only=False) > 0, clicks, 0)
+    lengths = pc.list_value_length(clicked).to_numpy(zero_copy_only=False)
+    request_c = np.repeat(np.arange(len(records)), lengths)
+    flat = clicked.flatten().to_numpy(zero_copy_only=False)
+    clicks = np.bincount(request_c, weights=flat, minlength=len(records))
     chosen = (clicks > 0) | (random.random(len(records)) < keep)
     weight = np.where(clicks > 0, 1.0, 1 / keep).astype(np.float32)[chosen]
     return records.filter(pa.array(chosen)).append_column(columns.WEIGHT, pa.array(weight))
