@@ -77,6 +77,41 @@ class Relevance:
         return [self.queries[query] for query in np.unique(self.query)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RelevanceRows:
+    """The rows of ``relevance.parquet`` as they stand there: a pair may have several.
+
+    Attributes:
+        queries: [Q] distinct texts, sorted.
+        query: [R] int32, position in ``queries``.
+        product: [R] int64, row of the catalog (not the id).
+        label: [R] int8, `IRRELEVANT`, `MODERATE` or `HIGH`.
+        source: [R] int8, position in `SOURCES`.
+        published_test: [Q] bool, as in `Relevance`.
+        products: how many the catalog has.
+    """
+
+    queries: list[str]
+    query: np.ndarray
+    product: np.ndarray
+    label: np.ndarray
+    source: np.ndarray
+    published_test: np.ndarray | None
+    products: int
+
+    def merged(self) -> Relevance:
+        """Return each pair once, with one label; `read_relevance` says which."""
+        key = self.query.astype(np.int64) * self.products + self.product
+        key, label = _merge(key, self.label, self.source)
+        return Relevance(
+            queries=self.queries,
+            query=(key // self.products).astype(np.int32),
+            product=key % self.products,
+            label=label,
+            published_test=self.published_test,
+        )
+
+
 def read_relevance(folder: Path, catalog: Catalog) -> Relevance:
     """Read ``folder/relevance.parquet``, a file or a folder of files.
 
@@ -86,6 +121,15 @@ def read_relevance(folder: Path, catalog: Catalog) -> Relevance:
     Raises:
         BadInputError: the file or a column is missing, a value is null or outside what the module
             says, a product is not in the catalog, a query is in both splits, or there is no pair.
+    """
+    return read_relevance_rows(folder, catalog).merged()
+
+
+def read_relevance_rows(folder: Path, catalog: Catalog) -> RelevanceRows:
+    """Read ``folder/relevance.parquet`` and merge nothing.
+
+    Raises:
+        BadInputError: as `read_relevance` does.
     """
     path = folder / RELEVANCE
     if not path.exists():
@@ -104,13 +148,14 @@ def read_relevance(folder: Path, catalog: Catalog) -> Relevance:
     test = None
     if SPLIT in table.column_names:
         test = _published_test(path, queries, query, table.column(SPLIT).to_numpy())
-    key, label = _merge(query.astype(np.int64) * len(catalog) + product, label, source)
-    return Relevance(
+    return RelevanceRows(
         queries=queries,
-        query=(key // len(catalog)).astype(np.int32),
-        product=key % len(catalog),
+        query=query,
+        product=product,
         label=label,
+        source=source,
         published_test=test,
+        products=len(catalog),
     )
 
 
