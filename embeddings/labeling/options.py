@@ -79,6 +79,10 @@ class Evaluate:
     """The graders: TOML files or folders of ``label-relevance fine-tune``."""
     output: Folder
     """Folder of evaluation.json and the grades."""
+    max_requests: int | None = None
+    """Requests to endpoints after which the run stops; the same command then goes on."""
+    max_cost: float | None = None
+    """Money after which the run stops, in the currency of the graders' prices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
