@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from embeddings.relevance import Chosen
 from embeddings.sampling import SamplingConfig
 from features.config_file import check_least
 from features.errors import BadInputError
@@ -149,6 +150,7 @@ class AlignmentConfig(StageConfig):
         mined_products: products a tuple that rank high for its query without being known as
             relevant (`embeddings.mining`), beside those of the batch; needs ``symmetric``.
         mining_depth: how many of the highest-ranked they are drawn from, at each epoch anew.
+        labels: whose labels are trained on: all, those of people, or those of a language model.
         sampling: positives and negatives of a product.
     """
 
@@ -160,6 +162,7 @@ class AlignmentConfig(StageConfig):
     symmetric: bool = True
     mined_products: int = 2
     mining_depth: int = 50
+    labels: Chosen = "all"
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(proxies=False))
 
     def __post_init__(self) -> None:

@@ -10,12 +10,16 @@
 ``split``       ``train`` or ``test``, the same for all rows of a query; optional
 ==============  =============================================================================
 
+A folder that ``label-relevance label`` wrote holds such rows too, without a split, in files
+``part-*.parquet``; other files of the folder do not count.
+
 Legend: ``P`` judged pairs, ``Q`` distinct queries, ``R`` rows as read.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +39,15 @@ SPLIT = "split"
 TRAIN, TEST = "train", "test"
 SOURCES = ("human", "llm", "derived")
 """Where labels come from, the most trusted first."""
+Chosen = Literal["all", "human", "llm"]
+"""Whose labels are asked for."""
 
 TRAINING_QUERIES = "training_queries.parquet"
 """The file of a model folder that tells which queries the model was trained on."""
 
 _HASH = "hash"
+_LABEL_FILES = "part-*.parquet"
+_NAMES = (columns.QUERY, columns.PRODUCT_ID, columns.LABEL, columns.SOURCE)
 _SPLITS = (TRAIN, TEST)
 
 
@@ -49,7 +57,7 @@ class Relevance:
 
     Attributes:
         queries: [Q] distinct texts, sorted; a part of the pairs keeps them all, so that the
-            positions stay valid.
+            positions stay valid. Some may have no pair.
         query: [P] int32, position in ``queries``.
         product: [P] int64, row of the catalog (not the id).
         label: [P] int8, `IRRELEVANT`, `MODERATE` or `HIGH`.
@@ -112,63 +120,91 @@ class RelevanceRows:
         )
 
 
-def read_relevance(folder: Path, catalog: Catalog) -> Relevance:
+def read_relevance(
+    folder: Path, catalog: Catalog, *, labels: Path | None = None, source: Chosen = "all"
+) -> Relevance:
     """Read ``folder/relevance.parquet``, a file or a folder of files.
 
     A pair that is judged several times gets one label: that of the most trusted source (human,
     then llm, then derived), and of several from that source their mean, rounded half up.
 
+    Args:
+        folder: dataset folder.
+        catalog: of the dataset.
+        labels: folder of ``label-relevance label``, whose rows are read beside the dataset's; it
+            may stand in for them where the dataset has none. A query that the dataset does not
+            publish as held out stays in its training set.
+        source: whose labels count. ``queries`` are those of all rows nonetheless, so that which of
+            them are held out does not depend on it.
+
     Raises:
-        BadInputError: the file or a column is missing, a value is null or outside what the module
+        BadInputError: a file or a column is missing, a value is null or outside what the module
             says, a product is not in the catalog, a query is in both splits, or there is no pair.
     """
-    return read_relevance_rows(folder, catalog).merged()
+    path = folder / RELEVANCE
+    own = None
+    if labels is None or path.exists():
+        own = _read_own(path, catalog)
+    read = [] if own is None else [own.select(_NAMES)]
+    if labels is not None:
+        read += [_read_file(file, catalog, _NAMES) for file in label_files(labels)]
+    table = pa.concat_tables(read)
+    queries, query = _number_queries(table.column(columns.QUERY))
+    product, label, by = (table.column(name).to_numpy() for name in _NAMES[1:])
+    test = None
+    if own is not None and SPLIT in own.column_names:
+        test = _published_test(path, queries, query[: len(own)], own.column(SPLIT).to_numpy())
+    key = query.astype(np.int64) * len(catalog) + product
+    if source != "all":
+        chosen = by == SOURCES.index(source)
+        key, label, by = key[chosen], label[chosen], by[chosen]
+    if not len(key):
+        raise BadInputError(f"{labels or path}: there is no label of source '{source}'")
+    key, label = _merge(key, label, by)
+    return Relevance(
+        queries=queries,
+        query=(key // len(catalog)).astype(np.int32),
+        product=key % len(catalog),
+        label=label,
+        published_test=test,
+    )
 
 
-def read_relevance_rows(folder: Path, catalog: Catalog) -> RelevanceRows:
-    """Read ``folder/relevance.parquet`` and merge nothing.
+def label_files(folder: Path) -> list[Path]:
+    """Return the files of labels in a folder of ``label-relevance label``, in their order.
 
     Raises:
-        BadInputError: as `read_relevance` does.
+        BadInputError: there is none.
     """
-    path = folder / RELEVANCE
+    found = sorted(folder.glob(_LABEL_FILES))
+    if not found:
+        raise BadInputError(
+            f"{folder}: holds no {_LABEL_FILES}; name a folder that `label-relevance label` wrote"
+        )
+    return found
+
+
+def _read_own(path: Path, catalog: Catalog) -> pa.Table:
+    """Return the checked rows of the dataset itself, see `_read_file`; at least one."""
     if not path.exists():
         raise BadInputError(f"{path}: no such file; it holds the relevance labels")
-    read = [_read_file(file, catalog) for file in parquet_files(path)]
+    read = [_read_file(file, catalog, (*_NAMES, SPLIT)) for file in parquet_files(path)]
     if len({SPLIT in table.column_names for table in read}) == 2:
         raise BadInputError(f"{path}: column '{SPLIT}' stands in some of its files only")
     table = pa.concat_tables(read)
     if not len(table):
         raise BadInputError(f"{path}: the table is empty")
-    queries, query = _number_queries(table.column(columns.QUERY))
-    product, label, source = (
-        table.column(name).to_numpy()
-        for name in (columns.PRODUCT_ID, columns.LABEL, columns.SOURCE)
-    )
-    test = None
-    if SPLIT in table.column_names:
-        test = _published_test(path, queries, query, table.column(SPLIT).to_numpy())
-    return RelevanceRows(
-        queries=queries,
-        query=query,
-        product=product,
-        label=label,
-        source=source,
-        published_test=test,
-        products=len(catalog),
-    )
+    return table
 
 
-def _read_file(path: Path, catalog: Catalog) -> pa.Table:
+def _read_file(path: Path, catalog: Catalog, wanted: Sequence[str]) -> pa.Table:
     """Return the checked rows of one file, all but the queries as numbers.
 
     Products become rows of the catalog (int64), sources and splits positions in `SOURCES` and
-    ``_SPLITS`` (int8).
+    ``_SPLITS`` (int8). The split may be missing.
     """
-    names = [columns.QUERY, columns.PRODUCT_ID, columns.LABEL, columns.SOURCE]
-    with open_parquet(path, names) as file:
-        if SPLIT in file.schema_arrow.names:
-            names.append(SPLIT)
+    with open_parquet(path, _NAMES) as file:
+        names = [name for name in wanted if name != SPLIT or name in file.schema_arrow.names]
         for name in names:
             if name in (columns.PRODUCT_ID, columns.LABEL):
                 check_type(path, file, name, pa.types.is_integer, "an integer")
@@ -293,13 +329,21 @@ def split_queries(
     Raises:
         BadInputError: ``held_out`` is not between 0 and 1.
     """
+    of_test = held_out_queries(relevance, held_out=held_out, seed=seed)[relevance.query]
+    return relevance.take(~of_test), relevance.take(of_test)
+
+
+def held_out_queries(relevance: Relevance, *, held_out: float = 0.2, seed: int = 0) -> np.ndarray:
+    """Return which of ``relevance.queries`` `split_queries` holds out, [Q] bool.
+
+    Raises:
+        BadInputError: ``held_out`` is not between 0 and 1.
+    """
     if not 0 < held_out < 1:
         raise BadInputError(f"the share of held-out queries lies between 0 and 1, got {held_out}")
-    test = relevance.published_test
-    if test is None:
-        test = hash_fraction(query_hashes(relevance.queries), seed) < held_out
-    of_test = test[relevance.query]
-    return relevance.take(~of_test), relevance.take(of_test)
+    if relevance.published_test is not None:
+        return relevance.published_test
+    return hash_fraction(query_hashes(relevance.queries), seed) < held_out
 
 
 def hash_fraction(hashes: np.ndarray, seed: int) -> np.ndarray:

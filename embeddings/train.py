@@ -34,7 +34,13 @@ from embeddings.cropping import TitleCrops
 from embeddings.dashclip import DashClip
 from embeddings.freezing import freeze
 from embeddings.pretraining import Pretraining
-from embeddings.relevance import Relevance, read_relevance, split_queries, write_training_queries
+from embeddings.relevance import (
+    Relevance,
+    held_out_queries,
+    read_relevance,
+    write_training_queries,
+)
+from embeddings.run_record import CONFIG, claim, copy_record
 from embeddings.sampling import TupleSampler
 from embeddings.stage import Progress, Stage, StageLoop, describe
 from embeddings.starts import Start, fit_projections, load_start
@@ -42,21 +48,24 @@ from features.checkpoint import copy_into, load_state, save_state
 from features.config_file import from_toml, to_toml
 from features.console import say
 from features.errors import BadInputError
-from features.files import atomic_folder, fingerprint, write_text
+from features.files import atomic_folder, write_text
 from features.hardware import fast_precision, keep_freed_memory
 from features.monitor import Monitor
 
 FIGURES = "training.json"
 START = "start"
-_CONFIG = "training.toml"
-_RECORD = "run.json"
 _STAGE_1 = Path("checkpoint", "stage-1.safetensors")
 _TITLE_CROPS = Path("checkpoint", "title-crops.safetensors")
 _FEWEST = 2  # products, or titles, that can be contrasted
 
 
 def train_dashclip(
-    data: Path, output: Path, *, config: DashClipTraining | None = None, command: str = ""
+    data: Path,
+    output: Path,
+    *,
+    labels: Path | None = None,
+    config: DashClipTraining | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train DashCLIP on a dataset folder; returns the content of ``training.json``.
 
@@ -66,6 +75,8 @@ def train_dashclip(
     Args:
         data: dataset folder: the catalog and, if there, the relevance labels.
         output: the model's folder.
+        labels: folder of ``label-relevance label``, whose labels stage 2 reads beside the
+            dataset's; ``config.alignment.labels`` says which of them count.
         config: of start, stages and data.
         command: the command line, for the record.
 
@@ -76,10 +87,12 @@ def train_dashclip(
     config = config or DashClipTraining()
     with distributed.process_group(), _threads(config.threads):
         keep_freed_memory()
-        return _Run(data, output, config, command).execute()
+        return _Run(data, output, labels, config, command).execute()
 
 
-def begin_at_stage_2(source: Path, output: Path, config: DashClipTraining) -> None:
+def begin_at_stage_2(
+    source: Path, output: Path, config: DashClipTraining, *, labels: Path | None = None
+) -> None:
     """Begin a run on the data of another with what that one had before stage 2.
 
     `train_dashclip` then goes on in ``output`` and gives what it would have given from the start.
@@ -89,13 +102,14 @@ def begin_at_stage_2(source: Path, output: Path, config: DashClipTraining) -> No
         source: folder of the other run, which has finished.
         output: the new model's folder.
         config: differs from that of the other run in stage 2 only.
+        labels: folder of labels that the new run reads; the other may have read another, or none.
 
     Raises:
         BadInputError: it differs elsewhere.
     """
     if output.exists():
         return
-    found = from_toml(source / _CONFIG, DashClipTraining)
+    found = from_toml(source / CONFIG, DashClipTraining)
     if replace(config, alignment=found.alignment) != found:
         raise BadInputError(f"{source}: its configuration differs in more than stage 2")
     with atomic_folder(output) as folder:
@@ -104,16 +118,23 @@ def begin_at_stage_2(source: Path, output: Path, config: DashClipTraining) -> No
             if (source / name).exists():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copy(source / name, folder / name)
-        shutil.copy(source / _RECORD, folder / _RECORD)
-        (folder / _CONFIG).write_text(to_toml(config), encoding="utf-8")
+        copy_record(source, folder, labels, config=to_toml(config))
 
 
 class _Run:
     """One run and its folder."""
 
-    def __init__(self, data: Path, output: Path, config: DashClipTraining, command: str) -> None:
+    def __init__(
+        self,
+        data: Path,
+        output: Path,
+        labels: Path | None,
+        config: DashClipTraining,
+        command: str,
+    ) -> None:
         self.data = data
         self.output = output
+        self.labels = labels
         self.config = config
         self.command = command or f"train_dashclip into {output.name}"
         precision = config.precision
@@ -126,9 +147,16 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         catalog = read_catalog(self.data)
         relevance = None
-        if (self.data / RELEVANCE).exists():
-            relevance = read_relevance(self.data, catalog)
-        self._claim(catalog)
+        if self.labels or (self.data / RELEVANCE).exists():
+            source = self.config.alignment.labels
+            relevance = read_relevance(self.data, catalog, labels=self.labels, source=source)
+        claim(
+            self.output,
+            self.data,
+            self.labels,
+            config=to_toml(self.config),
+            command=self.command,
+        )
         finished = self.output / FIGURES
         if finished.exists():
             say(f"{self.output}: this model is trained already; its figures:")
@@ -137,10 +165,13 @@ class _Run:
         model = start.model.to(distributed.device())
         if self.config.gradient_checkpointing:
             _checkpoint_gradients(model)
-        training = None
+        training: Relevance | None = None
+        known: list[str] = []
         if relevance is not None:
-            held = self.config.held_out_queries
-            training, _ = split_queries(relevance, held_out=held, seed=0)
+            held = held_out_queries(relevance, held_out=self.config.held_out_queries)
+            training = relevance.take(~held[relevance.query])
+            # Those without a pair of the chosen source too: the others may have trained a grader.
+            known = [query for query, out in zip(relevance.queries, held, strict=True) if not out]
         corpus = Corpus(catalog, start, self.config, self.output / "work", self.bfloat16)
         first = self._pretrain if model.config.reads_images else self._crop
         stages = [first(model, corpus), self._align(model, corpus, training)]
@@ -150,41 +181,7 @@ class _Run:
                 f"{self.data}: nothing to train on: neither products with both image and title "
                 "nor relevance labels"
             )
-        return self._write(start, training, corpus, done)
-
-    def _claim(self, catalog: Catalog) -> None:
-        """Make the folder this run's, or find that it is already.
-
-        Raises:
-            BadInputError: it holds something else.
-        """
-        files = [path for path in (catalog.path, self.data / RELEVANCE) if path.exists()]
-        identity = {"data_fingerprint": fingerprint(*files)}
-        config = to_toml(self.config)
-        record, resolved = self.output / _RECORD, self.output / _CONFIG
-        if self.output.exists() and not self.output.is_dir():
-            raise BadInputError(f"{self.output}: is a file; name a folder")
-        there = set(self.output.iterdir()) if self.output.exists() else set()
-        there = {path for path in there if ".partial-" not in path.name}
-        begun = there > {record, resolved}
-        if begun:
-            found = json.loads(record.read_text(encoding="utf-8"))
-            same = found.get("data_fingerprint") == identity["data_fingerprint"]
-            if not same or resolved.read_text(encoding="utf-8") != config:
-                raise BadInputError(
-                    f"{self.output}: holds another run (its {'configuration' if same else 'data'} "
-                    "differs); choose another --output or remove it"
-                )
-        elif there - {record, resolved}:
-            raise BadInputError(
-                f"{self.output}: exists and is no run of train-dashclip; choose another --output"
-            )
-        distributed.barrier()  # every process has looked
-        if self.lead and not begun:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_text(record, json.dumps(identity | {"command": self.command}, indent=2))
-            write_text(resolved, config)
-        distributed.barrier()
+        return self._write(start, training, known, corpus, done)
 
     def _start(self, catalog: Catalog) -> Start:
         """Return the untrained model; it is kept beside the trained one."""
@@ -327,6 +324,7 @@ class _Run:
         self,
         start: Start,
         training: Relevance | None,
+        known: list[str],
         corpus: Corpus,
         stages: list[dict[str, Any]],
     ) -> dict[str, Any]:
@@ -341,6 +339,7 @@ class _Run:
             "products_with_image": corpus.images_read,
             "broken_images": corpus.faults.broken,
             "training_queries": len(training.judged_queries()) if training else 0,
+            "training_pairs": len(training) if training else 0,
             "stages": stages,
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
@@ -349,7 +348,7 @@ class _Run:
             with quiet_transformers():
                 start.model.save_pretrained(scratch)
                 start.tokenizer.save_pretrained(scratch)
-            write_training_queries(scratch, training.judged_queries() if training else [])
+            write_training_queries(scratch, known)
             for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
                 path.replace(self.output / path.name)
             corpus.close()

@@ -27,6 +27,9 @@ class Options:
     """Dataset folder: catalog.parquet and, for the second stage, relevance.parquet."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The model's folder."""
+    labels: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of `label-relevance label`, whose labels the second stage reads beside the dataset's;
+    `labels` in the configuration's [alignment] chooses among both."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
     """Configuration; what it does not name keeps its default. A model's training.toml will do."""
     start: str | None = None
@@ -48,7 +51,9 @@ def _train(options: Options) -> None:
     command = " ".join(["train-dashclip", *sys.argv[1:]])
     with process_group():
         say(f"training on {options.data} into {options.output}")
-        figures = train_dashclip(options.data, options.output, config=config, command=command)
+        figures = train_dashclip(
+            options.data, options.output, labels=options.labels, config=config, command=command
+        )
         if rank() == 0:
             _show(figures)
 

@@ -21,8 +21,10 @@ from transformers import (
 )
 
 from embeddings.batching import quiet_transformers
+from embeddings.catalog import read_catalog
 from embeddings.dashclip import DashClip, DashClipConfig, Pooling
 from embeddings.image_trunk import load_pretrained
+from embeddings.relevance import read_relevance, split_queries
 from embeddings.starts import Start
 from embeddings.text_encoder import TextEncoder
 
@@ -230,6 +232,38 @@ def tiny_catalog(
     (folder / "dataset.toml").write_text(
         'name = "tiny"\nlicence = "none"\nprovenance = "made up"\ncaveat = "generated for tests"\n'
     )
+    return folder
+
+
+def tiny_labels(data: Path, folder: Path) -> Path:
+    """Write labels of a model as ``label-relevance label`` does, and return their folder.
+
+    They are of every other pair of the training queries of `tiny_catalog`, whose mild relevance
+    they miss, and of a training query of their own, "old shirt".
+
+    Args:
+        data: folder of `tiny_catalog`.
+        folder: is made where missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    relevance = read_relevance(data, read_catalog(data))
+    training = split_queries(relevance)[0]
+    training = training.take(np.arange(0, len(training), 2))
+    rows = [
+        (relevance.queries[query], 1000 + int(product), 2 * int(label == 2))
+        for query, product, label in zip(
+            training.query, training.product, training.label, strict=True
+        )
+    ]
+    query, product, label = zip(*rows, ("old shirt", 1000, 2), strict=True)
+    table = {
+        "query": pa.array(query),
+        "product_id": pa.array(product, pa.int64()),
+        "label": pa.array(label, pa.int8()),
+        "source": pa.array(["llm"] * len(label)),
+        "probability": pa.array([0.9] * len(label), pa.float32()),
+    }
+    pq.write_table(pa.table(table), folder / "part-00000.parquet")
     return folder
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
-from tiny_dashclip import tiny_catalog, tiny_dashclip
+from tiny_dashclip import tiny_catalog, tiny_dashclip, tiny_labels
 
 from embeddings.config import (
     AlignmentConfig,
@@ -43,6 +43,23 @@ def test_a_run_goes_on_from_what_another_had_before_stage_2(tmp_path, images):
     assert all(one[name].equal(same[name]) for name in one)
     begin_at_stage_2(tmp_path / "base", tmp_path / "forked", other)  # there is nothing to begin
     assert (tmp_path / "forked" / "training.json").exists()
+
+
+def test_labels_may_differ_too(tmp_path):
+    data = tiny_catalog(tmp_path / "data", images=False)
+    labels = tiny_labels(data, tmp_path / "labels")
+    config = DashClipTraining(
+        start=StartConfig(checkpoint=str(tiny_dashclip(tmp_path / "tiny", images=False))),
+        cropping=CroppingConfig(batch=8),
+        alignment=AlignmentConfig(epochs=1, batch=8, mined_products=0),
+        precision="float32",
+        threads=1,
+    )
+    train_dashclip(data, tmp_path / "base", config=config)
+    begin_at_stage_2(tmp_path / "base", tmp_path / "forked", config, labels=labels)
+    forked = train_dashclip(data, tmp_path / "forked", config=config, labels=labels)
+    alone = train_dashclip(data, tmp_path / "alone", config=config, labels=labels)
+    assert forked["stages"][1]["losses"] == alone["stages"][1]["losses"]
 
 
 def test_only_stage_2_may_differ(tmp_path):

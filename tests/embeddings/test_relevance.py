@@ -11,6 +11,8 @@ from embeddings.catalog import Catalog
 from embeddings.relevance import (
     SOURCES,
     Relevance,
+    held_out_queries,
+    label_files,
     query_hashes,
     read_relevance,
     split_queries,
@@ -213,6 +215,85 @@ def test_a_query_in_the_splits_of_two_files(tmp_path, catalog):
     write(path / "b.parquet", ROWS[:1], split=["test"])
     with pytest.raises(BadInputError, match="query 'milk' is in the training and in the held-out"):
         read_relevance(tmp_path, catalog)
+
+
+LABELLED = [  # by a model: a query that people judged too, and one that they did not
+    ("milk", 20, 0, "llm"),
+    ("milk", 10, 0, "llm"),
+    ("soap", 30, 2, "llm"),
+]
+
+
+def write_labels(folder):
+    """Write `LABELLED` as ``label-relevance label`` does, with what lies beside it."""
+    probability = pa.array([[0.7, 0.2, 0.1]] * 2, pa.list_(pa.float32(), 3))
+    more = {"model": ["tiny"] * 2, "prompt_version": [""] * 2, "probabilities": probability}
+    write(folder / "part-00000.parquet", LABELLED[:2], **more, probability=[0.7] * 2)
+    write(folder / "part-00001.parquet", LABELLED[2:])
+    (folder / "labels.json").write_text("{}")
+    (folder / "answers.parquet").write_text("not of the labels")
+    return folder
+
+
+def test_labels_of_a_model_are_read_beside_those_of_the_dataset(tmp_path, catalog):
+    write(tmp_path / "relevance.parquet", ROWS)
+    labels = write_labels(tmp_path / "labels")
+    human = {("milk", 1): 2, ("bread", 0): 2}
+    model = {("milk", 2): 0, ("soap", 0): 2, ("bread", 2): 0}
+    found = read_relevance(tmp_path, catalog, labels=labels)
+    assert pairs(found) == human | model | {("milk", 0): 1}  # people's grade of milk 10 counts
+    for source, expected in (("human", human), ("llm", model | {("milk", 1): 0})):
+        some = read_relevance(tmp_path, catalog, labels=labels, source=source)
+        assert pairs(some) == expected
+        assert some.queries == found.queries == ["bread", "milk", "soap"]
+    assert pairs(read_relevance(tmp_path, catalog, source="human")) == human
+    assert label_files(labels) == [labels / "part-00000.parquet", labels / "part-00001.parquet"]
+
+
+@pytest.mark.parametrize("split", [None, ["test", "train", "test", "train"]])
+def test_held_out_are_the_same_queries_whatever_labels_are_read(tmp_path, catalog, split):
+    write(tmp_path / "relevance.parquet", ROWS, split=split)
+    labels = write_labels(tmp_path / "labels")
+    own = read_relevance(tmp_path, catalog)
+    expected = dict(zip(own.queries, held_out_queries(own, held_out=0.5), strict=True))
+    alone = dict(zip(["soap"], held_out_queries(judged(["soap"]), held_out=0.5), strict=True))
+    # A split that the dataset publishes holds out nothing that it does not know.
+    expected["soap"] = False if split else alone["soap"]
+    for source in ("all", "human", "llm"):
+        found = read_relevance(tmp_path, catalog, labels=labels, source=source)
+        held_out = held_out_queries(found, held_out=0.5)
+        assert dict(zip(found.queries, held_out, strict=True)) == expected
+        training, test = split_queries(found, held_out=0.5)
+        assert len(training) + len(test) == len(found)
+        assert not any(expected[query] for query in training.judged_queries())
+
+
+def test_labels_of_a_model_alone(tmp_path, catalog):
+    labels = write_labels(tmp_path / "labels")
+    found = read_relevance(tmp_path, catalog, labels=labels)
+    assert pairs(found) == {("milk", 1): 0, ("milk", 2): 0, ("soap", 0): 2}
+    assert found.published_test is None
+    with pytest.raises(BadInputError, match="labels: there is no label of source 'human'"):
+        read_relevance(tmp_path, catalog, labels=labels, source="human")
+
+
+def test_what_is_wrong_with_labels_of_a_model(tmp_path, catalog):
+    write(tmp_path / "relevance.parquet", [row for row in ROWS if row[3] == "human"])
+    with pytest.raises(
+        BadInputError, match=r"relevance\.parquet: there is no label of source 'llm'"
+    ):
+        read_relevance(tmp_path, catalog, source="llm")
+    labels = tmp_path / "labels"
+    for there in (False, True):
+        with pytest.raises(
+            BadInputError, match=r"labels: holds no part-\*\.parquet; name a folder"
+        ):
+            read_relevance(tmp_path, catalog, labels=labels)
+        if not there:
+            labels.mkdir()
+    write(labels / "part-00000.parquet", [("milk", 10, -1, "llm")])
+    with pytest.raises(BadInputError, match=r"part-00000\.parquet: .* row 1: is -1, expected 0, 1"):
+        read_relevance(tmp_path, catalog, labels=labels)
 
 
 def judged(queries, **more):

@@ -4,11 +4,12 @@ import json
 import signal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_dashclip import tiny_blip, tiny_catalog, tiny_dashclip
+from tiny_dashclip import tiny_blip, tiny_catalog, tiny_dashclip, tiny_labels
 from torch.utils.checkpoint import checkpoint
 
 from embeddings.alignment import Alignment
@@ -253,6 +254,46 @@ def test_a_start_of_weights_that_are_no_numbers(data, configure, tmp_path):
         train_dashclip(data, tmp_path / "model", config=config)
 
 
+# --- labels of a model
+
+
+def test_labels_of_a_model_train_the_second_stage(folder, data, configure, tmp_path):
+    labels = tiny_labels(data, tmp_path / "labels")
+    runs = {}
+    for name, source in (("all", "all"), ("llm", "llm")):
+        config = configure(pretraining={"epochs": 0}, alignment={"epochs": 1, "labels": source})
+        runs[name] = train_dashclip(data, tmp_path / name, config=config, labels=labels)
+    relevance = read_relevance(data, read_catalog(data))
+    training, held_out = split_queries(relevance)
+    # The dataset has a label of each pair, so that the model's own query alone is new.
+    assert runs["all"]["training_pairs"] == len(training) + 1
+    assert runs["llm"]["training_pairs"] == len(training) // 2 + 1
+    assert runs["all"]["training_queries"] == len(training.judged_queries()) + 1
+    assert runs["all"]["stages"][0]["losses"] != runs["llm"]["stages"][0]["losses"]
+    for name in runs:
+        assert unseen(relevance, tmp_path / name).judged_queries() == held_out.judged_queries()
+
+
+def test_a_query_is_known_to_a_model_whose_labels_did_not_count(data, configure, tmp_path):
+    # Its human label may be what the grader learnt from.
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    pairs = {"query": ["red shirt", "shirt", "bag"], "product_id": [1000, 1000, 1001]}
+    table = pa.table({**pairs, "label": [2, 2, 0], "source": ["llm"] * 3})
+    pq.write_table(table, labels / "part-00000.parquet")
+    config = configure(
+        pretraining={"epochs": 0}, alignment={"epochs": 1, "batch": 1, "labels": "llm"}
+    )
+    figures = train_dashclip(data, tmp_path / "model", config=config, labels=labels)
+    relevance = read_relevance(data, read_catalog(data))
+    trained = [
+        query for query in pairs["query"] if query in split_queries(relevance)[0].judged_queries()
+    ]
+    assert figures["training_queries"] == len(trained) < 4
+    held_out = split_queries(relevance)[1]
+    assert unseen(relevance, tmp_path / "model").judged_queries() == held_out.judged_queries()
+
+
 # --- the command
 
 
@@ -289,6 +330,8 @@ def test_the_command_shows_what_it_does_and_does_it_once(trained, data, train, t
     assert "its configuration differs" in capfd.readouterr().err
     assert train(tiny_catalog(tmp_path / "other", products=24)) == 2
     assert "its data differs" in capfd.readouterr().err
+    assert train(data, "--labels", str(tiny_labels(data, tmp_path / "labels"))) == 2
+    assert "its folder of labels differs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("stop", ["stage 1", "stage 2"])
@@ -364,6 +407,10 @@ def test_bad_input_is_one_sentence(train, tmp_path, capfd):
     toml.write_text("[alignment]\nlearning_rat = 1.0\n")
     assert "unknown key 'learning_rat'" in (found := refused(data, "--config", str(toml)))
     assert "learning_rate" in found
+    toml.write_text('[alignment]\nlabels = "people"\n')
+    said = refused(data, "--config", str(toml))
+    assert said.endswith("'labels' must be one of all, human, llm, got 'people'")
+    assert "holds no part-*.parquet" in refused(data, "--labels", str(data), output="third")
     relabelled(data)
     assert "column 'label', row 6: is 3, expected 0, 1 or 2" in refused(data, output="third")
     (data / "catalog.parquet").unlink()
