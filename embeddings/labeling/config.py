@@ -111,6 +111,8 @@ class EndpointConfig:
         mode: ``chat`` asks one pair a request; ``batch`` hands in files of requests, which costs
             half at OpenAI and takes up to a day.
         constraint: how the server is told to answer with a label: by a JSON schema, or not at all.
+        sampling: ``greedy`` asks for temperature 0; ``server`` leaves it to the server, as models
+            that reason before they answer demand.
         logprobs: whether to ask for the probability of the answer.
         max_output_tokens: an answer longer than that is cut, and then not read.
         concurrency: requests at a time.
@@ -128,6 +130,7 @@ class EndpointConfig:
     prompt: str = DEFAULT_PROMPT
     mode: Literal["chat", "batch"] = "chat"
     constraint: Literal["json-schema", "none"] = "json-schema"
+    sampling: Literal["greedy", "server"] = "greedy"
     logprobs: bool = False
     max_output_tokens: int = 32
     concurrency: int = 8
