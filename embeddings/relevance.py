@@ -107,6 +107,20 @@ class RelevanceRows:
     published_test: np.ndarray | None
     products: int
 
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def of_source(self, source: str) -> "RelevanceRows":
+        """Return the rows of one of `SOURCES`; ``queries`` stay."""
+        rows = self.source == SOURCES.index(source)
+        return replace(
+            self,
+            query=self.query[rows],
+            product=self.product[rows],
+            label=self.label[rows],
+            source=self.source[rows],
+        )
+
     def merged(self) -> Relevance:
         """Return each pair once, with one label; `read_relevance` says which."""
         key = self.query.astype(np.int64) * self.products + self.product
@@ -145,28 +159,44 @@ def read_relevance(
     own = None
     if labels is None or path.exists():
         own = _read_own(path, catalog)
+    more = [] if labels is None else label_files(labels)
+    rows = _rows(path, own, [_read_file(file, catalog, _NAMES) for file in more], catalog)
+    if source != "all":
+        rows = rows.of_source(source)
+    if not len(rows):
+        raise BadInputError(f"{labels or path}: there is no label of source '{source}'")
+    return rows.merged()
+
+
+def read_relevance_rows(folder: Path, catalog: Catalog) -> RelevanceRows:
+    """Read ``folder/relevance.parquet`` and merge nothing.
+
+    Raises:
+        BadInputError: as `read_relevance` does.
+    """
+    path = folder / RELEVANCE
+    return _rows(path, _read_own(path, catalog), [], catalog)
+
+
+def _rows(
+    path: Path, own: pa.Table | None, others: list[pa.Table], catalog: Catalog
+) -> RelevanceRows:
+    """Return the rows of tables of `_read_file`, of which ``own`` may have a split."""
     read = [] if own is None else [own.select(_NAMES)]
-    if labels is not None:
-        read += [_read_file(file, catalog, _NAMES) for file in label_files(labels)]
-    table = pa.concat_tables(read)
+    table = pa.concat_tables(read + others)
     queries, query = _number_queries(table.column(columns.QUERY))
     product, label, by = (table.column(name).to_numpy() for name in _NAMES[1:])
     test = None
     if own is not None and SPLIT in own.column_names:
         test = _published_test(path, queries, query[: len(own)], own.column(SPLIT).to_numpy())
-    key = query.astype(np.int64) * len(catalog) + product
-    if source != "all":
-        chosen = by == SOURCES.index(source)
-        key, label, by = key[chosen], label[chosen], by[chosen]
-    if not len(key):
-        raise BadInputError(f"{labels or path}: there is no label of source '{source}'")
-    key, label = _merge(key, label, by)
-    return Relevance(
+    return RelevanceRows(
         queries=queries,
-        query=(key // len(catalog)).astype(np.int32),
-        product=key % len(catalog),
+        query=query,
+        product=product,
         label=label,
+        source=by,
         published_test=test,
+        products=len(catalog),
     )
 
 

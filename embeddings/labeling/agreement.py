@@ -47,7 +47,7 @@ def rater_agreement(judgements: Judgements) -> Agreement | None:
     raters = counts.sum(1)
     same = (counts * (counts - 1)).sum(1) / (raters * (raters - 1))
     coincidences = _coincidences(counts)
-    n = coincidences.sum(0)
+    n = counts.sum(0)  # the sums of `O` too
     share = n / n.sum()
     chance = (share**2).sum()
     by_chance = np.outer(n, n)

@@ -21,9 +21,9 @@ from embeddings.relevance import (
     SOURCES,
     RelevanceRows,
     hash_fraction,
+    held_out_queries,
     query_hashes,
     read_relevance_rows,
-    split_queries,
 )
 from features import columns
 from features.console import print_table, say
@@ -156,12 +156,9 @@ def _usable(
     """Return the judgements to split, sorted, and how many rows were left out for what."""
     human = rows.source == SOURCES.index("human")
     titled = catalog.titles.is_valid().to_numpy(zero_copy_only=False)[rows.product]
-    kept = np.ones(len(rows.queries), bool)
-    if held_out:
-        training, held = split_queries(rows.merged(), held_out=held_out, seed=0)
-        kept[held.query] = False
-        assert kept[training.query].all()
-    usable = human & titled & kept[rows.query]
+    usable = human & titled
+    if held_out:  # as train-dashclip does
+        usable &= ~held_out_queries(rows.merged(), held_out=held_out, seed=0)[rows.query]
     product = rows.product[usable]
     table = pa.table(
         [
