@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from features import columns
 from features.errors import BadInputError
-from features.parquet import is_text, missing_column, parquet_files
+from features.parquet import is_text, missing_column, open_streamed, parquet_files
 
 CATALOG = "catalog.parquet"
 IMPRESSIONS = "impressions.parquet"
@@ -160,7 +160,7 @@ def read_queries(folder: Path) -> list[str]:
 def open_parquet(path: Path, names: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file that has columns ``names``; what Arrow says of damage is bad input."""
     try:
-        with pq.ParquetFile(path) as file:
+        with open_streamed(path) as file:
             found = file.schema_arrow.names
             for name in names:
                 if name not in found:

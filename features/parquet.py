@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from features.errors import BadInputError
+
+_BUFFER_BYTES = 4 << 20
 
 
 def parquet_files(path: Path) -> list[Path]:
@@ -23,6 +26,17 @@ def parquet_files(path: Path) -> list[Path]:
     if not files:
         raise BadInputError(f"{path}: the folder holds no Parquet files")
     return files
+
+
+def open_streamed(path: Path) -> pq.ParquetFile:
+    """Open a file so that ``iter_batches`` has little more than a batch of it in memory.
+
+    Without these settings it reads ahead all row groups that it is asked for, and keeps them.
+
+    Raises:
+        pyarrow.ArrowException: it is not a Parquet file.
+    """
+    return pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
 
 
 def missing_column(path: Path, name: str, found: Sequence[str]) -> BadInputError:
