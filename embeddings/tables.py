@@ -14,6 +14,7 @@ The file's metadata holds, as text, `FINGERPRINT`, `DIMENSION`, `NORMALIZED` and
 Legend: ``N`` rows, ``D`` embedding dimension.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from features import columns
 from features.errors import BadInputError
 from features.files import atomic_file
+from features.parquet import open_streamed
 
 FINGERPRINT = "dashclip.encoder_fingerprint"
 DIMENSION = "dashclip.dimension"
@@ -36,8 +38,8 @@ CONTENT_TYPE = pa.binary(16)
 _TRUTH = {"true": True, "false": False}
 _ID_TYPES = (pa.int64(), pa.string())
 _VALUE_TYPES = (pa.float16(), pa.float32())
-_COLUMNS = (columns.ID, columns.EMBEDDING, columns.CONTENT)
 _ROW_GROUP = 16_384
+_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,7 +99,11 @@ def write_table(path: Path, table: EmbeddingTable) -> None:
     Raises:
         ValueError: an id is null or stands twice, or a value is not finite; nothing is written.
     """
-    _check_rows(table.ids, table.embedding, "embedding table")
+    _check_ids(table.ids, "embedding table")
+    finite = np.isfinite(table.embedding).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise _not_finite("embedding table", row, table.ids[row])
     values = pa.array(np.ascontiguousarray(table.embedding).reshape(-1))
     metadata = {
         FINGERPRINT: table.fingerprint,
@@ -119,38 +125,148 @@ def write_table(path: Path, table: EmbeddingTable) -> None:
         )
 
 
+class StoredEmbeddings:
+    """The embeddings [N, D] of a table's file, read by blocks of rows.
+
+    The file stays open: it is read as it was, also where another takes its place meanwhile.
+
+    Attributes:
+        shape: (N, D).
+        dtype: float16 or float32.
+    """
+
+    def __init__(self, path: Path, file: pq.ParquetFile) -> None:
+        self._path = path
+        self._file = file
+        kind = file.schema_arrow.field(columns.EMBEDDING).type
+        self.shape = (file.metadata.num_rows, int(kind.list_size))
+        self.dtype = np.dtype(kind.value_type.to_pandas_dtype())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def blocks(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the rows from ``first`` up to ``last`` in their order, some at a time.
+
+        No more than a few MiB of the file are in memory, whatever the size of its row groups.
+
+        Yields:
+            The number of a block's first row, and the block [n, D].
+
+        Raises:
+            BadInputError: the file is damaged, or a value of these rows is null or not finite.
+        """
+        number, groups, begins = 0, [], []
+        for group in range(self._file.num_row_groups):
+            rows = self._file.metadata.row_group(group).num_rows
+            if number < last and number + rows > first:
+                groups.append(group)
+                begins.append(number)
+            number += rows
+        row = begins[0] if begins else 0
+        batches = self._file.iter_batches(_AT_ONCE, groups, columns=[columns.EMBEDDING])
+        while (batch := self._next(batches)) is not None:
+            begin, end = max(first - row, 0), min(last - row, len(batch))
+            if begin < end:
+                lists = batch.column(0).slice(begin, end - begin)
+                yield row + begin, self._values(lists, row + begin)
+            row += len(batch)
+
+    def _next(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+        try:
+            return next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(self._path, error) from error
+
+    def _values(self, lists: pa.FixedSizeListArray, first: int) -> np.ndarray:
+        if lists.null_count:
+            row = first + pc.index(pc.is_null(lists), True).as_py() + 1
+            raise BadInputError(f"{self._path}: column '{columns.EMBEDDING}', row {row}: is null")
+        values = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.shape[1])
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            row = first + int(np.argmin(finite))
+            raise _not_finite(str(self._path), row, self._file.read([columns.ID])[0][row])
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoredTable:
+    """An embedding table of which only the ids are in memory.
+
+    Attributes:
+        ids: [N] int64 product ids or string queries, a `pyarrow.Array`.
+        embedding: [N, D], in the file.
+        fingerprint: of the encoder that made the embeddings.
+        normalized: whether each row has L2 norm 1.
+    """
+
+    ids: pa.Array
+    embedding: StoredEmbeddings
+    fingerprint: str
+    normalized: bool
+
+
+def open_table(path: Path) -> StoredTable:
+    """Open an embedding table and check all of it but its values.
+
+    Raises:
+        BadInputError: the file is missing or unreadable, a column or a metadata entry is missing
+            or of a wrong type, an id is null or stands twice, or the metadata disagrees with the
+            content.
+    """
+    return _open(path)[0]
+
+
+def _open(path: Path) -> tuple[StoredTable, pa.Array | None]:
+    """Return a table and the hashes of its contents, where it has them."""
+    if not path.is_file():
+        raise BadInputError(f"{path}: no such embedding table; `build-tables` writes it")
+    try:
+        file = open_streamed(path)
+        schema = file.schema_arrow
+        _check_types(path, schema)
+        read = file.read([n for n in (columns.ID, columns.CONTENT) if n in schema.names])
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    embedding = StoredEmbeddings(path, file)
+    rows, dim = embedding.shape
+    fingerprint, normalized = _read_metadata(path, schema, rows=rows, dim=dim)
+    ids = read.column(columns.ID).combine_chunks()
+    _check_ids(ids, str(path))
+    table = StoredTable(
+        ids=ids, embedding=embedding, fingerprint=fingerprint, normalized=normalized
+    )
+    return table, _content(read)
+
+
 def read_table(path: Path) -> EmbeddingTable:
     """Read and check an embedding table.
 
     Raises:
-        BadInputError: the file is missing or unreadable, a column or a metadata entry is missing
-            or of a wrong type, an id is null or stands twice, a value is not finite, or the
-            metadata disagrees with the content.
+        BadInputError: see `open_table`; or a value is null or not finite.
     """
-    if not path.is_file():
-        raise BadInputError(f"{path}: no such embedding table; `build-tables` writes it")
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            _check_types(path, schema)
-            read = file.read([name for name in _COLUMNS if name in schema.names])
-    except (pa.ArrowException, OSError) as error:
-        raise BadInputError(f"{path}: not a readable Parquet file: {error}") from error
-    dim = schema.field(columns.EMBEDDING).type.list_size
-    fingerprint, normalized = _read_metadata(path, schema, rows=read.num_rows, dim=dim)
-    ids = read.column(columns.ID).combine_chunks()
-    lists = read.column(columns.EMBEDDING)
-    if lists.null_count:
-        row = pc.index(pc.is_null(lists), True).as_py() + 1
-        raise BadInputError(f"{path}: column '{columns.EMBEDDING}', row {row}: is null")
-    embedding = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
-    _check_rows(ids, embedding, str(path))
+    table, content = _open(path)
+    embedding = np.empty(table.embedding.shape, table.embedding.dtype)
+    for first, values in table.embedding.blocks(0, len(embedding)):
+        embedding[first : first + len(values)] = values
     return EmbeddingTable(
-        ids=ids,
+        ids=table.ids,
         embedding=embedding,
-        fingerprint=fingerprint,
-        normalized=normalized,
-        content=_content(read),
+        fingerprint=table.fingerprint,
+        normalized=table.normalized,
+        content=content,
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> BadInputError:
+    return BadInputError(f"{path}: not a readable Parquet file: {error}")
+
+
+def _not_finite(where: str, row: int, raw_id: pa.Scalar) -> BadInputError:
+    return BadInputError(
+        f"{where}: column '{columns.EMBEDDING}', row {row + 1} (id {raw_id.as_py()!r}): "
+        "holds a value that is not finite"
     )
 
 
@@ -197,8 +313,8 @@ def _read_metadata(path: Path, schema: pa.Schema, *, rows: int, dim: int) -> tup
     return metadata[FINGERPRINT], _TRUTH[metadata[NORMALIZED]]
 
 
-def _check_rows(ids: pa.Array, embedding: np.ndarray, where: str) -> None:
-    """Raise for the first row that breaks a rule of the contents."""
+def _check_ids(ids: pa.Array, where: str) -> None:
+    """Raise for the first id that is null, or one that stands twice."""
     if ids.null_count:
         row = pc.index(pc.is_null(ids), True).as_py() + 1
         raise BadInputError(f"{where}: column '{columns.ID}', row {row}: is null")
@@ -208,11 +324,4 @@ def _check_rows(ids: pa.Array, embedding: np.ndarray, where: str) -> None:
         raise BadInputError(
             f"{where}: column '{columns.ID}': {twice['values']!r} stands in {twice['counts']} "
             "rows, expected one"
-        )
-    finite = np.isfinite(embedding).all(axis=1)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise BadInputError(
-            f"{where}: column '{columns.EMBEDDING}', row {row + 1} (id {ids[row].as_py()!r}): "
-            "holds a value that is not finite"
         )

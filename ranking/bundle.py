@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor
 
-from embeddings.tables import read_table
+from embeddings.tables import open_table
 from features.checkpoint import copy_into, load_state, save_state
 from features.config_file import from_dict
 from features.errors import BadInputError
@@ -46,12 +46,12 @@ class PretrainedTables:
 
     @classmethod
     def read(cls, folder: Path) -> "PretrainedTables":
-        """Read ``product.parquet`` and ``query.parquet``.
+        """Open ``product.parquet`` and ``query.parquet``: ids are read, embeddings when needed.
 
         Raises:
             BadInputError: a table is missing or broken, or they are not of one encoder.
         """
-        read = {name: read_table(folder / f"{name}.parquet") for name in TABLES}
+        read = {name: open_table(folder / f"{name}.parquet") for name in TABLES}
         for name, kind in (("product", pa.int64()), ("query", pa.string())):
             found = read[name].ids.type
             if found != kind:
@@ -64,10 +64,11 @@ class PretrainedTables:
                 f"{folder}: product.parquet is of encoder {product.fingerprint} and query.parquet "
                 f"of {query.fingerprint}; both must be of one encoder"
             )
-        if product.dim != query.dim:
+        dims = [table.embedding.shape[1] for table in (product, query)]
+        if dims[0] != dims[1]:
             raise BadInputError(
-                f"{folder}: product.parquet has dimension {product.dim} and query.parquet "
-                f"{query.dim}; both must be the same"
+                f"{folder}: product.parquet has dimension {dims[0]} and query.parquet "
+                f"{dims[1]}; both must be the same"
             )
         ids = {"product": product.ids.to_numpy(), "query": hash_strings(query.ids)}
         return cls(

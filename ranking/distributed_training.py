@@ -45,8 +45,6 @@ from ranking.ranker import Ranker
 from ranking.sharded_checkpoint import gather_whole, newest, read_any, save_sharded
 from ranking.training import StepInput, Trainer
 
-_MIB = 1 << 20
-
 
 class DistributedTrainer(Trainer):
     """Trains a `Ranker` in all processes of the group as `Trainer` does in one.
@@ -73,7 +71,7 @@ class DistributedTrainer(Trainer):
         validation: RecordFiles | None = None,
     ) -> None:
         self.spread = SpreadTraining(ranker, config.batch_rows)
-        self.frozen = FrozenShards(ranker, config.whole_table_mb * _MIB)
+        self.frozen = FrozenShards(ranker)
         super().__init__(ranker, schema, files, total_rows, config, validation)
         for name, _ in self.spread.copied:
             self._peaks[name] = config.sparse_learning_rate

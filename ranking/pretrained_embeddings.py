@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embeddings.tables import StoredEmbeddings
 from features.id_map import IdMap
 from ranking.config import TableMode
 from ranking.versions import check_versions
@@ -66,11 +67,29 @@ class PretrainedTable:
 
     Attributes:
         ids: [N] int64 raw ids.
-        weight: [N, D] float32 or float16.
+        weight: [N, D] float32 or float16, in memory or in a file, which is then read by blocks.
+        held: the rows of ``weight`` that this process is to hold, n of them; None for all.
     """
 
     ids: np.ndarray
-    weight: np.ndarray
+    weight: np.ndarray | StoredEmbeddings
+    held: range | None = None
+
+    def rows(self) -> range:
+        """Return which rows of ``weight`` this process is to hold."""
+        return range(len(self.ids)) if self.held is None else self.held
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the rows to hold, block by block, and where among them each block stands."""
+        rows = self.rows()
+        if isinstance(self.weight, StoredEmbeddings):
+            found = self.weight.blocks(rows.start, rows.stop)
+        else:
+            part = self.weight[rows.start : rows.stop]
+            found = ((rows.start + b.start, part[b]) for b in _blocks(len(part)))
+        for first, values in found:
+            begin = first - rows.start
+            yield slice(begin, begin + len(values)), values
 
 
 class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
@@ -91,7 +110,8 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         # "product"    [17] [31] [20]                 3 bags
         tables(KeyedJaggedTensor(["product"], ...))
 
-    - Frozen tables are buffers: no gradient, no optimiser state, float16 or float32.
+    - Frozen tables are buffers: no gradient, no optimiser state, float16 or float32. Of one that
+      several processes share, the buffer has row 0 and the rows to hold.
     - Trained tables (``fine-tuned``, ``random``) are float32 and are updated in the backward pass
       by row-wise Adagrad, only in the rows that were read; row 0 stays zero. Two features of one
       table are two lookups, and so two updates a step.
@@ -106,8 +126,13 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         mode: ``frozen``, ``fine-tuned`` or ``random``.
         learning_rate: of trained tables.
 
+    Attributes:
+        held_rows: of frozen tables that several processes share, by name, the rows without row 0
+            that the buffers have.
+
     Raises:
         ValueError: a table's content does not fit its configuration.
+        BadInputError: a table in a file is damaged, or holds a value that is not finite.
     """
 
     def __init__(
@@ -119,6 +144,7 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
     ) -> None:
         super().__init__(tables=tables, device=torch.device("meta"))
         self.mode = mode
+        self.held_rows = {n: c.held for n, c in pretrained.items() if c.held is not None}
         self.id_maps = nn.ModuleDict()
         self._fused = nn.ModuleDict()
         self._table_of = {name: t.name for t in tables for name in t.feature_names}
@@ -137,8 +163,9 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _freeze(self, table: EmbeddingBagConfig, content: PretrainedTable) -> None:
         dtype = np.float16 if table.data_type == DataType.FP16 else np.float32
-        weight = np.zeros((table.num_embeddings, table.embedding_dim), dtype)
-        weight[1:] = content.weight
+        weight = np.zeros((len(content.rows()) + 1, table.embedding_dim), dtype)
+        for block, values in content.blocks():
+            weight[1:][block] = values
         bag = self.embedding_bags[table.name]
         del bag.weight
         bag.register_buffer("weight", torch.from_numpy(weight))
@@ -164,14 +191,13 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         fused = fused_tables([alone], rate)
         self._fused[table.name] = fused
         weight = fused.state_dict()[f"embedding_bags.{table.name}.weight"]
-        blocks = list(_blocks(len(content.weight)))
+        assert content.held is None, "a trained table is cut once it is made"
         with torch.no_grad():
             if self.mode == "fine-tuned":
-                for block in blocks:
-                    values = torch.from_numpy(content.weight[block].astype(np.float32))
-                    weight[1:][block] = values
+                for block, values in content.blocks():
+                    weight[1:][block] = torch.from_numpy(values.astype(np.float32))
             else:
-                squares = [np.square(content.weight[b], dtype=np.float64).sum(1) for b in blocks]
+                squares = [np.square(v, dtype=np.float64).sum(1) for _, v in content.blocks()]
                 norm = float(np.sqrt(np.concatenate(squares).mean()))
                 weight[1:].normal_(0, norm / table.embedding_dim**0.5)
             weight[0] = 0

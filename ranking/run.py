@@ -128,7 +128,7 @@ class _Run:
             return finished
         say(f"fitting transforms on weeks {span(self.data.train)}")
         transforms = from_first(lambda: self.data.fit_transforms(self.config))
-        trainer = self._trainer(new_ranker(self.config, transforms, self.tables))
+        trainer = self._trainer(new_ranker(self.config, transforms, self._held_tables()))
         progress = self._train(trainer)
         say(f"evaluating week {self.data.evaluate}")
         predictions = trainer.predict(self.data.files(self.data.evaluate))
@@ -143,6 +143,15 @@ class _Run:
             return self._write(ranker, progress, predictions)
 
         return from_first(write)
+
+    def _held_tables(self) -> PretrainedTables | None:
+        """Return the tables with the rows that this process is to hold while it trains."""
+        if world() == 1 or self.tables is None or self.config.model.tables != "frozen":
+            return self.tables
+        from ranking.distributed_frozen import own_rows
+
+        content = own_rows(self.tables.content, self.config.training.whole_table_mb)
+        return replace(self.tables, content=content)
 
     def _finished(self) -> dict[str, Any] | None:
         """Claim the folder; returns the figures of the run if it is complete."""

@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 import ranking.distributed_training  # noqa: F401  (so that no child has to)
+from embeddings.tables import StoredEmbeddings
 from features.checkpoint import read_header
 from ranking import distributed_tables, run
 from ranking.cli import main
@@ -61,17 +63,25 @@ def _member(folder: Path, name: str, output: str, rank: int, *, report: bool) ->
         if name.startswith("pieces"):
             distributed_tables._COPIED_BYTES = 0
         trainers = []
-        make = run._Run._trainer
+        read: Counter[str] = Counter()
+        make, take = run._Run._trainer, StoredEmbeddings._values
+
+        def count(self: Any, lists: Any, first: int) -> Any:
+            read[self._path.stem] += len(lists)
+            return take(self, lists, first)
 
         def note(self: Any, ranker: Any) -> Any:
             trainers.append(make(self, ranker))
             return trainers[-1]
 
         run._Run._trainer = note  # type: ignore[method-assign]
+        StoredEmbeddings._values = count  # type: ignore[method-assign]
         places = {"data": "data", "tables": "tables", "config": f"{name}.toml", "output": output}
         status = main([part for k, v in places.items() for part in (f"--{k}", str(folder / v))])
         if report and trainers:
-            (folder / f"{output}-{rank}.json").write_text(json.dumps(_look(trainers[0])))
+            (folder / f"{output}-{rank}.json").write_text(
+                json.dumps(_look(trainers[0]) | {"read": read})
+            )
         return status
     except BaseException:
         traceback.print_exc()

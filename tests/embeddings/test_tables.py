@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from embeddings import tables
-from embeddings.tables import EmbeddingTable, read_table, write_table
+from embeddings.tables import EmbeddingTable, open_table, read_table, write_table
 from features.errors import BadInputError
 
 EMBEDDING = np.array([[0.6, 0.8], [1.0, 0.0], [0.0, -1.0]], np.float16)
@@ -228,3 +228,66 @@ def test_broken_columns(tmp_path, content, said):
     write_raw(tmp_path / "t.parquet", **content)
     with pytest.raises(BadInputError, match=said):
         read_table(tmp_path / "t.parquet")
+
+
+# A file of several row groups, or of one, and parts of it, each read some rows at a time.
+
+
+def write_groups(path, rows, groups):
+    embedding = np.arange(rows * 2, dtype=np.float16).reshape(rows, 2)
+    write_table(path, product_table(ids=pa.array(np.arange(rows), pa.int64()), embedding=embedding))
+    pq.write_table(pq.read_table(path), path, row_group_size=groups)
+    return embedding
+
+
+@given(rows=st.integers(1, 30), group=st.integers(1, 12), ends=st.tuples(*[st.integers(0, 30)] * 2))
+def test_any_range_is_read_by_blocks(tmp_path_factory, rows, group, ends):
+    path = tmp_path_factory.mktemp("table") / "t.parquet"
+    embedding = write_groups(path, rows, group)
+    first, last = sorted(min(end, rows) for end in ends)
+    found = np.full((rows, 2), -1, np.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_AT_ONCE", 5)
+        stored = open_table(path).embedding
+        for begin, values in stored.blocks(first, last):
+            assert len(values) <= 5
+            found[begin : begin + len(values)] = values
+    np.testing.assert_array_equal(found[first:last], embedding[first:last])
+    assert (found[:first] == -1).all()
+    assert (found[last:] == -1).all()
+    assert (stored.shape, stored.dtype, len(stored)) == ((rows, 2), np.float16, rows)
+
+
+@pytest.mark.parametrize("group", [16_384, 80_000])
+def test_a_part_is_read_without_the_rest_in_memory(tmp_path, group):
+    """41 MB of embeddings, in row groups of 8 MB or in one of all."""
+    path = tmp_path / "t.parquet"
+    ids = pa.array(np.arange(80_000), pa.int64())
+    write_table(path, product_table(ids=ids, embedding=np.zeros((80_000, 256), np.float16)))
+    pq.write_table(
+        pq.read_table(path), path, row_group_size=group, compression="none", use_dictionary=False
+    )
+    stored = open_table(path).embedding
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in stored.blocks(20_000, 70_000)]
+    assert len(held) >= 50_000 // 4096
+    assert max(held) < 20e6
+
+
+def test_an_open_table_is_read_as_it_was(tmp_path):
+    path = tmp_path / "t.parquet"
+    write_table(path, product_table())
+    stored = open_table(path).embedding
+    write_table(path, product_table(embedding=EMBEDDING * 2))
+    ((_, values),) = stored.blocks(1, 3)
+    np.testing.assert_array_equal(values, EMBEDDING[1:])
+
+
+def test_a_broken_value_is_found_where_it_is_read(tmp_path):
+    path = tmp_path / "t.parquet"
+    broken = pa.array([[1, 2], [3, 4], [5, np.inf]], pa.list_(pa.float32(), 2))
+    write_raw(path, embedding=broken)
+    stored = open_table(path).embedding
+    assert [len(values) for _, values in stored.blocks(0, 2)] == [2]
+    with pytest.raises(BadInputError, match=r"row 3 \(id 9\): holds a value that is not finite"):
+        list(stored.blocks(2, 3))
