@@ -36,30 +36,36 @@ class CrossEncoderConfig:
 
     Attributes:
         model: folder or hub name of a BERT-like encoder; empty for the packaged MiniLM.
-        max_tokens: longer pairs are cut at the title's end.
+        max_tokens: longer pairs are cut at the end of the longer text.
         epochs: most passes over the fine-tuning part; the one with the lowest validation loss
             counts.
         batch: pairs a step.
-        learning_rate: peak of AdamW; warmed up, then linear to 0.
+        learning_rate: peak of AdamW; warmed up, then a cosine to 0.
         warmup: share of the steps that warm up.
         weight_decay: of AdamW, on matrices.
+        frozen_layers: share of the layers that stay as they are, counted from the input; the word
+            vectors stay in any case.
         threads: cores to compute on.
-        seed: of new weights, dropout and orders.
+        seed: of the order of the pairs.
     """
 
     kind: ClassVar[str] = "cross-encoder"
     model: str = ""
     max_tokens: int = 96
-    epochs: int = 4
+    epochs: int = 2
     batch: int = 32
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     warmup: float = 0.1
     weight_decay: float = 0.01
+    frozen_layers: float = 0.5
     threads: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least(self, {"max_tokens": 8, "batch": 1, "threads": 1})
+        check_least(self, {"max_tokens": 8, "epochs": 1, "batch": 1, "threads": 1})
+        for name in ("warmup", "frozen_layers"):
+            if getattr(self, name) > 1:
+                raise BadInputError(f"'{name}' must be 1 or less, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,20 @@
 """
 
 import json
+import resource
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from embeddings.labeling import scores
+from embeddings.labeling.calibration import calibration
 from embeddings.labeling.config import GRADER, GraderConfig, write_grader_config
-from embeddings.labeling.judgements import PARTS
+from embeddings.labeling.grades import UNGRADED, Grader, grade_all
+from embeddings.labeling.judgements import PARTS, Judgements
 from features.console import say
 from features.errors import BadInputError
 from features.files import fingerprint, write_text
@@ -82,6 +89,33 @@ def finish(output: Path, config: GraderConfig, figures: dict[str, Any]) -> dict[
     write_text(output / METRICS, json.dumps(figures, indent=2) + "\n")
     shutil.rmtree(output / CHECKPOINT.parent, ignore_errors=True)
     return figures
+
+
+def validation_figures(grader: Grader, validation: Judgements) -> dict[str, Any]:
+    """Grade the validation part; returns what ``metrics.json`` tells of it."""
+    began = time.perf_counter()
+    grades = grade_all(grader, validation.pairs)
+    seconds = time.perf_counter() - began
+    sure = calibration(validation.label, grades.label, grades.probability) or {}
+    return {
+        "validation": {
+            "pairs": len(validation),
+            "ungraded": int((grades.label == UNGRADED).sum()),
+            **agreement(validation.label, grades.label),
+            **{k: sure[k] for k in ("log_loss", "expected_calibration_error") if k in sure},
+        },
+        "grading_pairs_per_second": len(validation) / max(seconds, 1e-9),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def agreement(human: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Return accuracy, macro F1 and Cohen's kappa, plain and quadratic, of labels [P] int8.
+
+    Where chance alone agrees fully, a kappa is 0.
+    """
+    found = scores.figures(scores.score(human, label, [""] * len(human)).tables.sum(0))
+    return {name: float(np.nan_to_num(found[name])) for name in scores.INTERVALS}
 
 
 def _identity(config: GraderConfig, folder: Path, split: Path) -> dict[str, Any]:
