@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ranking.page import Picture, Table, render
+from features.page import Picture, Table, render
 
 _NOTHING = "–"  # noqa: RUF001
 _DERIVED = (

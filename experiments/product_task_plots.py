@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from embeddings.relevance import HIGH, IRRELEVANT, MODERATE
-from ranking.plots import COLORS, STYLE, new_figure, to_svg
+from features.figures import COLORS, STYLE, new_figure, to_svg
 
 GRADES = ("IR", "MR", "HR")
 MOST_POINTS = 3000

@@ -29,7 +29,7 @@ from features.schema import DatasetSchema
 if TYPE_CHECKING:
     from embeddings.catalog import Catalog
     from experiments.product_task_data import AisleTask, PairTask, Vectors
-    from ranking.page import Picture
+    from features.page import Picture
 
 DOCUMENT = "product_tasks.json"
 PAGE = "product_tasks.html"
@@ -195,7 +195,7 @@ def _do_aisles(
         tsne_plot,
     )
     from experiments.product_task_results import aisle_results
-    from ranking.page import Picture
+    from features.page import Picture
 
     own = {key: found[np.searchsorted(rows, task.rows)] for key, found in vectors.items()}
     results = aisle_results(task, own, seeds)
@@ -226,7 +226,7 @@ def _do_pairs(
     from experiments.product_task_plots import cosine_limits, density_plot
     from experiments.product_task_probes import cosines
     from experiments.product_task_results import relevance_results
-    from ranking.page import Picture
+    from features.page import Picture
 
     places = np.searchsorted(rows, task.product)
     sides = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ranking_slices import ALL
-from ranking.page import Picture, Table, render
+from features.page import Picture, Table, render
 
 _NOTHING = "–"  # noqa: RUF001
 _TEST = ("AUC", "AUC lift", "p", "norm. log loss", "norm. log loss lift", "p")

@@ -10,8 +10,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.ranking_page import usual_baseline
 from experiments.ranking_slices import ALL
-from ranking.page import Picture
-from ranking.plots import COLORS, STYLE, to_svg
+from features.figures import COLORS, STYLE, to_svg
+from features.page import Picture
 
 _WIDTH = 4.4  # inches
 _LINE, _MARK, _AXIS = 0.165, 0.2, 0.55  # inches: of a line of a label, of an interval, below all

@@ -7,8 +7,8 @@ import matplotlib as mpl
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.serving_cases import FETCHED, FUSED, THIN, find_case
-from ranking.page import Picture
-from ranking.plots import COLORS, STYLE, new_figure, to_svg
+from features.figures import COLORS, STYLE, new_figure, to_svg
+from features.page import Picture
 
 _COLOR = {FUSED: COLORS[0], FETCHED: COLORS[1], THIN: COLORS[2]}
 _LABEL = {FUSED: "fused", FETCHED: "fetched", THIN: "fetched, thinnest client"}

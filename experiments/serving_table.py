@@ -13,7 +13,7 @@ from experiments.serving_document import POPULARITIES
 from experiments.serving_plots import pictures
 from features.console import print_table, say
 from features.files import write_text
-from ranking.page import Table, render
+from features.page import Table, render
 
 SERVING_JSON = "serving.json"
 SERVING_MD = "serving.md"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from features.page import Picture, render
 from ranking.explain_plots import importance_plot
 from ranking.explain_tables import (
     agreement_table,
@@ -14,7 +15,6 @@ from ranking.explain_tables import (
     reasons,
     request_title,
 )
-from ranking.page import Picture, render
 
 _REASONS = 6
 _CARDS = 12

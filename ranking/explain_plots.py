@@ -1,4 +1,4 @@
-"""The bars of importance, each figure an inline SVG text (see `ranking.plots`)."""
+"""The bars of importance, each figure an inline SVG text (see `features.figures`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from features.figures import COLORS, STYLE, to_svg
 from ranking.attribution_groups import EMBEDDINGS
-from ranking.plots import COLORS, STYLE, to_svg
 
 
 def importance_plot(groups: Sequence[Mapping[str, Any]], method: str, label: str) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from features.page import Table
 from ranking.attribution_groups import EMBEDDINGS
-from ranking.page import Table
 
 METHODS = ("auc_loss", "log_loss_rise", "integrated_gradients", "feature_ablation")
 TITLES = {

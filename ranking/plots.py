@@ -1,46 +1,15 @@
-"""The report's figures, each as an inline SVG text.
+"""The report's figures, each as an inline SVG text (see `features.figures`)."""
 
-They follow the page: text takes the page's font and colour, so one figure serves light and dark
-pages, and the size comes from the page's layout. The same values give the same text.
-"""
-
-import io
 import math
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from features.figures import COLORS, RULE, STYLE, new_figure, to_svg
 from ranking.metrics import Predictions, reliability_bins, roc_points, score_histogram
 
-# Stand-ins that become CSS values in the finished SVG.
-_INK, _RULE = "#010203", "#040506"
-_CSS = {_INK: "currentColor", _RULE: "var(--rule)"}
-COLORS = ("#3478c9", "#d9762b", "#2f9e78")
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _RULE,
-    "axes.grid": True,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "font.size": 9.5,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "xtick.color": _RULE,
-    "xtick.labelcolor": _INK,
-    "ytick.color": _RULE,
-    "ytick.labelcolor": _INK,
-}
 _RARE = 0.1  # below this click rate, calibration is drawn on logarithmic axes
 _MAX_POINTS = 400
 _TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999)
@@ -50,7 +19,7 @@ def roc_plot(predictions: Predictions) -> str:
     """Draw the ROC curve of every slice that has clicks and non-clicks."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure("False positive rate", "True positive rate")
-        axes.plot([0, 1], [0, 1], color=_RULE, linewidth=1)
+        axes.plot([0, 1], [0, 1], color=RULE, linewidth=1)
         for color, (name, part) in zip(COLORS, predictions.slices().items(), strict=True):
             # The whole is drawn wide and pale: the slices often cover it.
             width, alpha = (4.0, 0.4) if name == "all" else (1.4, 1.0)
@@ -77,7 +46,7 @@ def calibration_plot(predictions: Predictions) -> str:
         positive = np.concatenate([bins.predicted, bins.low, bins.high])
         positive = positive[positive > 0]
         ends = [positive.min() / 1.3, min(positive.max() * 1.3, 1.0)] if rare else [0, 1]
-        axes.plot(ends, ends, color=_RULE, linewidth=1)
+        axes.plot(ends, ends, color=RULE, linewidth=1)
         axes.errorbar(
             bins.predicted[shown],
             bins.observed[shown],
@@ -157,30 +126,6 @@ def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def new_figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """Return an empty figure of the report with its axes."""
-    # Not through pyplot: a bare Figure has no global registry, so it is freed like any object.
-    figure = Figure(figsize=(4.4, 3.3))
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    return figure, axes
-
-
-def to_svg(figure: Figure, name: str) -> str:
-    """Return the figure as an ``<svg>`` element fit to stand in an HTML page."""
-    text = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same ids in every figure; nothing uses them
-    svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg)
-    for stand_in, css in _CSS.items():
-        svg = svg.replace(stand_in, css)
-    return svg
 
 
 def _percent(rate: float) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from features.files import write_text
+from features.page import Picture, Table, render
 from ranking.metrics import Predictions, SliceMetrics
-from ranking.page import Picture, Table, render
 from ranking.plots import calibration_plot, histogram_plot, loss_plot, roc_plot
 
 _COLUMNS = (
