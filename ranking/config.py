@@ -91,7 +91,7 @@ class TrainingConfig:
         warmup: share of the steps that warm up.
         weight_decay: of the dense layers' matrices (AdamW).
         precision: of the matrix products; weights, sums and everything else stay float32.
-            ``auto`` is bfloat16 where the processor has instructions for it.
+            ``auto`` is bfloat16 on a GPU and where the processor has instructions for it.
         validation_week: train on the weeks before the last training week, watch that week's log
             loss after each epoch, stop at the first that is no better, keep the best epoch's model.
         evaluate_week: the week to report; 0 for the dataset's own.
@@ -99,6 +99,8 @@ class TrainingConfig:
         keep_unclicked: share of the requests without a click that are trained on, each counting
             for those left out; see `features.sampling`.
         seed: of the initial weights and of the order.
+        device: where to train: ``cuda``, a GPU for each process, or ``cpu``; ``auto`` is the GPU
+            where torch and fbgemm can use one. A run may go on with another one.
         threads: cores of a machine to train on, shared by its processes.
         whole_table_mb: with several processes, each holds a copy of a frozen table of up to this
             many MiB, and a range of the rows of a larger one.
@@ -119,6 +121,7 @@ class TrainingConfig:
     train_weeks: int = 0
     keep_unclicked: float = 1.0
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 2
     whole_table_mb: float = 4096.0
     checkpoint_seconds: float = 20.0

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+Loss = TypeVar("Loss", float, Tensor)
 
 _BEHIND = timedelta(minutes=5)  # the most that a process may lag behind the others in training
 _ALONE = timedelta(days=2)  # the most that the first may work alone: feature building, a report
@@ -93,8 +94,9 @@ def _join(store: dist.Store, number: int, size: int) -> None:
     _quieten()
     console.stderr.quiet = number > 0
     backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    own_gpu = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.device_count() > own_gpu:
+        torch.cuda.set_device(own_gpu)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_BEHIND)
     _groups["alone"] = dist.new_group(backend="gloo", timeout=_ALONE)
@@ -214,25 +216,27 @@ def greatest(number: int) -> int:
     return int(value)
 
 
-def begin_sum(parameters: list[nn.Parameter], loss: float) -> Callable[[], float]:
+def begin_sum(parameters: list[nn.Parameter], loss: Loss) -> Callable[[], Loss]:
     """Begin to sum all processes' gradients and losses; the function returned ends it.
 
     Args:
         parameters: their gradients become the sums.
-        loss: this process's part.
+        loss: this process's part, a number or, where the gradients are, a tensor of no dimension.
 
     Returns:
-        Waits, sets the gradients and returns the sum of the losses.
+        Waits, sets the gradients and returns the sum of the losses, as ``loss`` is given; a GPU's
+        stream is made to wait, not this process.
     """
     gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients] + [torch.tensor([loss])])
+    own = loss.reshape(1) if isinstance(loss, Tensor) else torch.tensor([loss])
+    flat = torch.cat([g.reshape(-1) for g in gradients] + [own])
     work = dist.all_reduce(flat, async_op=True)
 
-    def end() -> float:
+    def end() -> Any:
         work.wait()
         sizes = [gradient.numel() for gradient in gradients]
         for gradient, part in zip(gradients, flat[:-1].split(sizes), strict=True):
             gradient.copy_(part.view_as(gradient))
-        return flat[-1].item()
+        return flat[-1] if isinstance(loss, Tensor) else flat[-1].item()
 
     return end

@@ -30,6 +30,7 @@ from ranking.ranker import Ranker
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType  # isort: skip
 from torchrec.distributed.comm_ops import set_gradient_division  # isort: skip
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel  # isort: skip
 from torchrec.distributed.embeddingbag import (  # isort: skip
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
@@ -55,6 +56,10 @@ _COPIED_BYTES = 8 << 20  # tables up to this size are copied, as to send their g
 _RESERVED = 0.5  # of the memory, for everything else
 _COPIED = ShardingType.DATA_PARALLEL.value
 _SPREAD = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
+# On a GPU: in its memory, or in the machine's, of which it reads and writes single rows.
+# NOTE: without fbgemm's cache of those rows: from a lookup to its update no other lookup may change
+# the cache, and a table of products is looked up twice a step.
+_KERNELS = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.FUSED_UVM.value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +131,7 @@ class SpreadTraining:
     Args:
         ranker: changed in place.
         batch_rows: candidates in a batch of all processes, for the planner.
+        device: of this process; all processes have the same kind.
 
     Attributes:
         plan: torchrec's, by collection.
@@ -138,7 +144,7 @@ class SpreadTraining:
     # NOTE: each process makes the whole tables before it keeps its part of them, so that their
     # first values are those of one process.
 
-    def __init__(self, ranker: Ranker, batch_rows: int) -> None:
+    def __init__(self, ranker: Ranker, batch_rows: int, device: torch.device) -> None:
         self.weights: dict[str, Piece] = {}
         self.momenta: dict[str, Piece] = {}
         self.fused: list[tuple[str, Any]] = []
@@ -148,7 +154,7 @@ class SpreadTraining:
             for name, module in ranker.named_modules()
             if isinstance(module, FusedEmbeddingBagCollection)
         }
-        self.plan, sharded = _shard(whole, batch_rows // world())
+        self.plan, sharded = _shard(whole, batch_rows // world(), device)
         for name, module in whole.items():
             self._take(name, module, sharded[name])
             tables = SpreadTables(sharded[name], module.embedding_bag_configs())
@@ -235,36 +241,29 @@ class _DenseElsewhere(DataParallelWrapper):
 
 
 def _shard(
-    whole: dict[str, FusedEmbeddingBagCollection], batch_rows: int
+    whole: dict[str, FusedEmbeddingBagCollection], batch_rows: int, device: torch.device
 ) -> tuple[ShardingPlan | None, dict[str, ShardedEmbeddingBagCollection]]:
     """Return the plan and the processes' collections, with values yet to be set."""
     if not whole:
         return None, {}
     set_gradient_division(False)  # the loss is divided by the weight of the whole batch already
     holder = nn.Module()
-    constraints = {}
+    constraints: dict[str, ParameterConstraints] = {}
     for name, module in whole.items():
         configs = module.embedding_bag_configs()
         meta = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
         holder.add_module(_key(name), meta)
-        for config in configs:
-            small = 4 * config.num_embeddings * config.embedding_dim <= _COPIED_BYTES
-            # A table of products is looked up twice a step, which copies do not allow.
-            kinds = [_COPIED] if small and not name.startswith("pretrained") else _SPREAD
-            constraints[config.name] = ParameterConstraints(sharding_types=kinds)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    topology = Topology(
-        world_size=world(), local_world_size=here, compute_device="cpu", ddr_cap=memory // here
-    )
+        constraints |= {c.name: _constraint(name, c, device) for c in configs}
     planner = EmbeddingShardingPlanner(
-        topology=topology,
+        topology=_topology(device),
         batch_size=max(batch_rows, 1),
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(percentage=_RESERVED),
         debug=False,
     )
     optimizer = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "eps": _EPSILON}
+    if device.type == "cuda":
+        optimizer["uvm_host_mapped"] = True
     sharders = [_Sharder(fused_params=optimizer)]
     group = dist.group.WORLD
     assert group is not None
@@ -272,12 +271,39 @@ def _shard(
         plan = planner.collective_plan(holder, sharders, group)
         model = DistributedModelParallel(
             holder,
-            device=torch.device("cpu"),
+            device=device,
             plan=plan,
             sharders=sharders,
             data_parallel_wrapper=_DenseElsewhere(),
         )
     return plan, {name: getattr(model.module, _key(name)) for name in whole}
+
+
+def _constraint(
+    collection: str, config: EmbeddingBagConfig, device: torch.device
+) -> ParameterConstraints:
+    """Say which ways of placing a table the planner may choose from."""
+    small = 4 * config.num_embeddings * config.embedding_dim <= _COPIED_BYTES
+    # A table of products is looked up twice a step, which copies do not allow.
+    copied = small and not collection.startswith("pretrained")
+    return ParameterConstraints(
+        sharding_types=[_COPIED] if copied else _SPREAD,
+        compute_kernels=_KERNELS if device.type == "cuda" and not copied else None,
+    )
+
+
+def _topology(device: torch.device) -> Topology:
+    """Describe the machines to the planner, each like this one."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return Topology(
+        world_size=world(),
+        local_world_size=here,
+        compute_device=device.type,
+        hbm_cap=gpu,
+        ddr_cap=memory // here,
+    )
 
 
 def _key(name: str) -> str:

@@ -25,6 +25,9 @@ from torch import Tensor
 from features.batch import ChunkShare, RecordFiles, RequestBatch, prefetch, request_order
 from features.schema import DatasetSchema
 from ranking.config import TrainingConfig
+from ranking.device import training_device, training_precision
+from ranking.device_model import move_ranker
+from ranking.device_step import DeviceStep
 from ranking.distributed import (
     begin_sum,
     from_first,
@@ -40,10 +43,11 @@ from ranking.distributed_tables import Piece, SpreadTraining
 from ranking.encoded import EncodedBatch, edges, number_of_batches, offsets
 from ranking.metrics import Predictions
 from ranking.parallel import ParallelStep
-from ranking.prediction import EVALUATION_GROUPS, EVALUATION_ROWS, log_loss
+from ranking.prediction import EVALUATION_GROUPS, EVALUATION_ROWS, log_loss, score
 from ranking.ranker import Ranker
 from ranking.sharded_checkpoint import gather_whole, newest, read_any, save_sharded
-from ranking.training import StepInput, Trainer
+from ranking.step import Step, StepInput
+from ranking.training import Trainer
 
 
 class DistributedTrainer(Trainer):
@@ -70,9 +74,12 @@ class DistributedTrainer(Trainer):
         config: TrainingConfig,
         validation: RecordFiles | None = None,
     ) -> None:
-        self.spread = SpreadTraining(ranker, config.batch_rows)
+        self._device = training_device(config.device)
+        self.spread = SpreadTraining(ranker, config.batch_rows, self._device)
+        move_ranker(ranker, self._device)
         self.frozen = FrozenShards(ranker)
         super().__init__(ranker, schema, files, total_rows, config, validation)
+        self._bfloat16 = training_precision(config.precision, self._device) == "bfloat16"
         for name, _ in self.spread.copied:
             self._peaks[name] = config.sparse_learning_rate
 
@@ -89,7 +96,15 @@ class DistributedTrainer(Trainer):
     def _table_optimizers(self) -> list[tuple[str, Any]]:
         return self.spread.fused
 
-    def _gradients(self) -> ParallelStep:
+    def _gradients(self) -> Step:
+        if self._device.type == "cuda":
+            return DeviceStep(
+                self.ranker,
+                self._device,
+                bfloat16=self._bfloat16,
+                look_up=lambda batch: self.ranker.frozen_lookups(self.frozen.localize(batch)),
+                begin_sum=begin_sum,
+            )
         return ParallelStep(
             self.ranker,
             own_threads(self.config.threads),
@@ -117,7 +132,7 @@ class DistributedTrainer(Trainer):
             for group in optimizer.param_groups:
                 group["lr"] = self._peaks[name] * self._factor(done)
 
-    def _step(self, gradients: ParallelStep, step: StepInput) -> float:
+    def _step(self, gradients: Step, step: StepInput) -> Any:
         loss = super()._step(gradients, step)
         self.spread.step()
         return loss
@@ -167,7 +182,7 @@ class DistributedTrainer(Trainer):
             part = encoded.select(*np.searchsorted(chunk.own_places, (first, last)).tolist())
             lengths = chunk.lengths[first:last]
             yield StepInput(
-                batch=self.frozen.localize(part),
+                batch=part if self._device.type == "cuda" else self.frozen.localize(part),
                 rows=int(lengths.sum()),
                 weight=float(chunk.weight[first:last] @ lengths.float()),
             )
@@ -257,7 +272,7 @@ def _predict_share(
         batches = list(chunk.split(EVALUATION_ROWS))
         # Tables are looked up together: a process that is through goes on with empty batches.
         batches += [chunk.select(0, 0)] * (greatest(len(batches)) - len(batches))
-        scores += [torch.sigmoid(ranker(frozen.localize(batch))).numpy() for batch in batches]
+        scores += [score(ranker, frozen.localize(batch.to(ranker.device))) for batch in batches]
         found["places"].append(begin + np.flatnonzero(share.owner == rank()))
         found["clicked"].append(raw.clicked.numpy() > 0)
         found["lengths"].append(raw.lengths.numpy())

@@ -5,7 +5,7 @@ sparse features (binned ones included) and ``D`` dense features of one level.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -54,6 +54,13 @@ class EncodedBatch:
     def rows(self) -> int:
         """C."""
         return self.candidate_dense.shape[0]
+
+    def to(self, device: torch.device) -> "EncodedBatch":
+        """Return the batch on a device, itself where it is there; a GPU is not waited for."""
+        if self.weight.device == device:
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(EncodedBatch)}
+        return EncodedBatch(**{name: _copy(value, device) for name, value in values.items()})
 
     def total_weight(self) -> float:
         """Return what all candidates together count in the loss."""
@@ -117,6 +124,12 @@ class EncodedBatch:
             clicked=self.clicked[candidates],
             weight=self.weight[first:last],
         )
+
+
+def _copy(values: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and not values.is_cuda:  # only from pinned memory it copies unattended
+        values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
+    return values.to(device, non_blocking=True)
 
 
 def offsets(lengths: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ one wait for the slowest core; here each core takes a share of the batch's reque
 them, with one thread, and the cores meet once a step. The figures are those of the whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ranking.encoded import EncodedBatch
 from ranking.ranker import Ranker
+from ranking.step import StepInput
 
 _CANDIDATE_INPUTS = ("candidate", "product", "history_counts")
 _ROWS, _REQUESTS = 128, 16  # padded to multiples of these
@@ -60,6 +61,14 @@ class ParallelStep:
         self._bfloat16 = bfloat16
         self._begin_sum = begin_sum
         self._pool = ThreadPoolExecutor(threads, "step", partial(torch.set_num_threads, 1))
+
+    def ahead(self, steps: Iterable[StepInput]) -> Iterator[StepInput]:
+        """Yield the steps as they are: their batches lie where they are computed."""
+        return iter(steps)
+
+    def behind(self, losses: Iterator[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+        """Yield (rows, loss) of each step as they are: they are numbers already."""
+        return losses
 
     def close(self) -> None:
         """End the threads."""

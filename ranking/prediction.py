@@ -23,6 +23,11 @@ def log_loss(predictions: Predictions) -> float:
 
 
 @torch.no_grad()
+def score(ranker: Ranker, batch: EncodedBatch) -> np.ndarray:
+    """Return the probability (float32, [C]) of a click, computed where the ranker is."""
+    return torch.sigmoid(ranker(batch.to(ranker.device))).cpu().numpy()
+
+
 def predict(
     ranker: Ranker,
     schema: DatasetSchema,
@@ -45,7 +50,7 @@ def predict(
     scores, clicked, lengths, history = [], [], [], []
     for raw, chunk in prefetch(files.chunks(EVALUATION_GROUPS), encode):
         for batch in chunk.split(EVALUATION_ROWS):
-            scores.append(torch.sigmoid(ranker(batch)).numpy())
+            scores.append(score(ranker, batch))
             if on_rows:
                 on_rows(len(scores[-1]))
         clicked.append(raw.clicked.numpy() > 0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from embeddings.tables import StoredEmbeddings
 from features.id_map import IdMap
 from ranking.config import TableMode
+from ranking.device_tables import DeviceTables
 from ranking.versions import check_versions
 
 check_versions()
@@ -127,6 +128,8 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         learning_rate: of trained tables.
 
     Attributes:
+        reads_at_once: whether `pool_all` reads a trained table once for all of its features, which
+            are then one update a step.
         held_rows: of frozen tables that several processes share, by name, the rows without row 0
             that the buffers have.
 
@@ -144,6 +147,7 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
     ) -> None:
         super().__init__(tables=tables, device=torch.device("meta"))
         self.mode = mode
+        self.reads_at_once = False
         self.held_rows = {n: c.held for n, c in pretrained.items() if c.held is not None}
         self.id_maps = nn.ModuleDict()
         self._fused = nn.ModuleDict()
@@ -222,6 +226,25 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         vectors *= bag.get_buffer("inverse_norm").index_select(0, flat)[:, None]
         return vectors.view(*rows.shape, vectors.shape[1])
 
+    def pool_all(self, bags: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Return the pooled embeddings of several features' bags, by feature; see `pool`.
+
+        Args:
+            bags: rows [L] and offsets [B + 1] by feature.
+        """
+        if not self.reads_at_once:
+            return {name: self.pool(name, *found) for name, found in bags.items()}
+        pooled: dict[str, Tensor] = {}
+        for table in dict.fromkeys(self._table_of[name] for name in bags):
+            names = [name for name in bags if self._table_of[name] == table]
+            rows, offsets = zip(*(bags[name] for name in names), strict=True)
+            lengths = torch.cat([found.diff() for found in offsets])
+            together = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+            parts = self.pool(names[0], torch.cat(rows), together)
+            numbers = [len(found) - 1 for found in offsets]
+            pooled |= dict(zip(names, parts.split(numbers), strict=True))
+        return pooled
+
     def pool(self, feature: str, rows: Tensor, offsets: Tensor) -> Tensor:
         """Return the pooled embeddings of bags of rows.
 
@@ -236,8 +259,11 @@ class PretrainedEmbeddingBagCollection(EmbeddingBagCollection):
         table = self._table_of[feature]
         if self.mode == "frozen":
             return self.embedding_bags[table](rows, offsets).float()
+        fused = self._fused[table]
+        if isinstance(fused, DeviceTables):
+            return fused.pool(rows, offsets)
         # One that is spread over processes (`ranking.distributed_tables`) is looked up by all.
-        whole = isinstance(self._fused[table], FusedEmbeddingBagCollection)
+        whole = isinstance(fused, FusedEmbeddingBagCollection)
         no_bags = len(offsets) == 1  # the fused lookup fails on none at all
         if whole and (no_bags or not torch.is_grad_enabled()):
             return self.embedding_bags[table](rows, offsets).float()

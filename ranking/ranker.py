@@ -29,6 +29,8 @@ from ranking.pretrained_embeddings import (
 )
 from ranking.towers import CrossTower, EmbeddingTower, SplitInput, linear_of_parts
 
+_INPUT_OF = {columns.PURCHASE_HISTORY: "history"}  # of the dense layers, by feature
+
 
 class DenseLayers(nn.Module):
     """The dense layers of a ranker: both towers and the head over them. A subclass makes them."""
@@ -121,6 +123,11 @@ class Ranker(DenseLayers):
             layers += [nn.ReLU(), nn.Linear(width, next_width)]
         self.head = nn.Sequential(*layers)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; it encodes on the CPU wherever that is."""
+        return self.joint.weight.device
+
     @torch.no_grad()
     def encode(self, batch: RequestBatch) -> EncodedBatch:
         """Map ids to rows and scale values; no gradient flows through it."""
@@ -184,16 +191,14 @@ class Ranker(DenseLayers):
         """
         if self.pretrained is None:
             return {}
-        products = torch.arange(len(batch.product) + 1)
-        queries = torch.arange(len(batch.query) + 1)
-        found = {
-            "product": self.pretrained.pool("product", batch.product, products),
-            "query": self.pretrained.pool("query", batch.query, queries),
+        bags = {
+            "product": (batch.product, _one_each(batch.product)),
+            "query": (batch.query, _one_each(batch.query)),
         }
         if self.config.purchase_history:
-            found["history"] = self.pretrained.pool(
-                columns.PURCHASE_HISTORY, batch.history, batch.history_offsets
-            )
+            bags[columns.PURCHASE_HISTORY] = (batch.history, batch.history_offsets)
+        pooled = self.pretrained.pool_all(bags)
+        found = {_INPUT_OF.get(name, name): values for name, values in pooled.items()}
         if self.history_counts is not None:
             found["history_counts"] = self.history_counts(self.pretrained, batch)
         return found
@@ -287,10 +292,16 @@ def _embed(tables: FusedEmbeddingBagCollection | None, rows: Tensor, dense: Tens
     if rows.shape[1] == 0 and isinstance(tables, FusedEmbeddingBagCollection):
         dims = [config.embedding_dim for config in tables.embedding_bag_configs()]
         return torch.zeros(0, sum(dims) + dense.shape[1])
+    values = rows.reshape(-1)
     features = KeyedJaggedTensor(
         keys=names,
-        values=rows.reshape(-1),
-        lengths=torch.ones(rows.numel(), dtype=torch.int64),
-        offsets=torch.arange(rows.numel() + 1),
+        values=values,
+        lengths=torch.ones_like(values),
+        offsets=_one_each(values),
     )
     return torch.cat([tables(features).values(), dense], dim=1)
+
+
+def _one_each(values: Tensor) -> Tensor:
+    """Return the offsets [N + 1] of N bags of one value each."""
+    return torch.arange(len(values) + 1, device=values.device)

@@ -20,19 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embeddings.default_tables import TABLES, ensure_tables
 from features.checkpoint import copy_into
-from features.config_file import to_toml
+from features.config_file import from_toml, to_toml
 from features.console import print_table, progress_bar, say
 from features.errors import BadInputError
 from features.files import write_text
-from features.hardware import fast_precision
 from features.monitor import Monitor
 from features.requests import RequestsManifest, build_requests
 from features.schema import DatasetSchema
 from features.transforms import LevelTransforms
 from ranking.bundle import Bundle, PretrainedTables
 from ranking.config import RankerConfig
+from ranking.device import training_device, training_precision
 from ranking.distributed import from_first, is_first, process_group, world
 from ranking.metrics import Predictions, SliceMetrics, metrics_document, slice_metrics
 from ranking.ranker import Ranker
@@ -78,6 +80,7 @@ def train_ranker(
 
 def _plan(data: Path, config: RankerConfig) -> tuple[RankerConfig, TrainingData]:
     """Build the request records where need be; returns what to train on, and how."""
+    training_device(config.training.device)  # a GPU that is asked for and not there ends it here
     schema = DatasetSchema.load(data)
     with progress_bar() as bar:
         task = bar.add_task("request records", total=None)
@@ -137,9 +140,9 @@ class _Run:
         def write() -> dict[str, Any]:
             assert predictions is not None, "the first process has them"
             ranker = trainer.ranker
-            if world() > 1:
+            if world() > 1 or ranker.device.type != "cpu":
                 ranker = new_ranker(self.config, transforms, self.tables)
-                copy_into(ranker.trained_state(), state or {}, "the processes' model")
+                copy_into(ranker.trained_state(), state or {}, "the trained model")
             return self._write(ranker, progress, predictions)
 
         return from_first(write)
@@ -179,7 +182,7 @@ class _Run:
         record, resolved = self.output / "run.json", self.output / "config.toml"
         if record.exists() and resolved.exists():
             found = {k: v for k, v in json.loads(record.read_text()).items() if k in identity}
-            if found != identity or resolved.read_text(encoding="utf-8") != config:
+            if found != identity or not self._goes_on(resolved):
                 reason = "configuration" if found == identity else "data or tables"
                 raise BadInputError(
                     f"{self.output}: holds another run (its {reason} differs); "
@@ -197,6 +200,12 @@ class _Run:
         )
         write_text(resolved, config)
 
+    def _goes_on(self, resolved: Path) -> bool:
+        """Whether a run's configuration is this one's, on whatever device."""
+        found = from_toml(resolved, RankerConfig)
+        training = replace(found.training, device=self.config.training.device)
+        return replace(found, training=training) == self.config
+
     def _unclaimed(self) -> bool:
         """Whether the folder is empty, or holds only what a kill within `_claim` can leave."""
         names = {path.name for path in self.output.iterdir()}
@@ -206,10 +215,17 @@ class _Run:
     def _trainer(self, ranker: Ranker) -> Trainer:
         data = self.data
         kind = Trainer
+        device = training_device(self.config.training.device)
+        if device.type == "cuda":
+            say(f"training on {torch.cuda.get_device_name(device)}")
         if world() > 1:
             from ranking.distributed_training import DistributedTrainer
 
             kind = DistributedTrainer
+        elif device.type == "cuda":
+            from ranking.device_training import DeviceTrainer
+
+            kind = DeviceTrainer
         validation = data.files(data.validation) if data.validation is not None else None
         files, rows = data.train_files(), data.train_rows()
         return kind(ranker, data.schema, files, rows, self.config.training, validation)
@@ -310,7 +326,11 @@ def versions() -> dict[str, str]:
 def resolve(
     config: RankerConfig, schema: DatasetSchema, manifest: RequestsManifest
 ) -> RankerConfig:
-    """Fill in what the configuration leaves to the dataset and the machine."""
+    """Fill in what the configuration leaves to the dataset and the machine.
+
+    Raises:
+        BadInputError: it asks for a GPU that cannot be used.
+    """
     last = max(manifest.weeks)
     weeks = schema.weeks
     training = config.training
@@ -320,7 +340,7 @@ def resolve(
             training,
             evaluate_week=training.evaluate_week or (weeks.evaluate if weeks else last),
             train_weeks=training.train_weeks or (weeks.train if weeks else 30),
-            precision=fast_precision() if training.precision == "auto" else training.precision,
+            precision=training_precision(training.precision, training_device(training.device)),
         ),
     )
 

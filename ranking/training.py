@@ -29,6 +29,7 @@ from ranking.metrics import Predictions
 from ranking.parallel import ParallelStep
 from ranking.prediction import log_loss, predict
 from ranking.ranker import Ranker
+from ranking.step import Step, StepInput
 
 _LOSS_POINTS = 100
 _SECTIONS = ("model", "adam", "tables", "best")
@@ -57,23 +58,8 @@ class Progress:
     validation: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepInput:
-    """What one optimiser step trains on.
-
-    Attributes:
-        batch: of several processes, the part of this one.
-        rows: candidates of all parts.
-        weight: what they count together in the loss.
-    """
-
-    batch: EncodedBatch
-    rows: int
-    weight: float
-
-
 class Trainer:
-    """Trains a `Ranker` on request records.
+    """Trains a `Ranker` on request records, on cores of one machine.
 
     Args:
         ranker: the model; changed in place.
@@ -156,12 +142,12 @@ class Trainer:
         """Return what training changed; of several processes only the first has it."""
         return self.ranker.trained_state()
 
-    # What `ranking.distributed_training` does in another way.
+    # What `ranking.distributed_training` and `ranking.device_training` do in another way.
 
     def _table_optimizers(self) -> list[tuple[str, Any]]:
         return self.ranker.table_optimizers()
 
-    def _gradients(self) -> ParallelStep:
+    def _gradients(self) -> Step:
         return ParallelStep(self.ranker, self.config.threads, bfloat16=self._bfloat16)
 
     def _trained_state(self) -> dict[str, Tensor]:
@@ -177,7 +163,7 @@ class Trainer:
 
     def _train(
         self,
-        gradients: ParallelStep,
+        gradients: Step,
         checkpoint: Path | None,
         on_step: Callable[[Progress, float], None] | None,
     ) -> None:
@@ -226,14 +212,14 @@ class Trainer:
 
     def _train_chunk(
         self,
-        gradients: ParallelStep,
+        gradients: Step,
         chunk: Iterable[StepInput],
         on_step: Callable[[Progress, float], None] | None,
     ) -> None:
         progress = self.progress
         total, rows = 0.0, 0
-        for number, step in enumerate(chunk):
-            loss = self._step(gradients, step)
+        losses = gradients.behind(self._losses(gradients, gradients.ahead(chunk)))
+        for number, (step_rows, loss) in enumerate(losses):
             if not math.isfinite(loss):
                 raise BadInputError(
                     f"the loss became {loss} in epoch {progress.epoch + 1}, chunk "
@@ -241,12 +227,12 @@ class Trainer:
                     "learning rates or look for extreme values in the dense features"
                 )
             progress.step += 1
-            progress.rows += step.rows
+            progress.rows += step_rows
             now = time.monotonic()
             progress.seconds += now - self._clock
             self._clock = now
-            total += loss * step.rows
-            rows += step.rows
+            total += loss * step_rows
+            rows += step_rows
             if rows >= self.total_rows / _LOSS_POINTS:
                 progress.losses.append((progress.rows, total / rows))
                 total, rows = 0.0, 0
@@ -256,8 +242,15 @@ class Trainer:
         if rows:
             progress.losses.append((progress.rows, total / rows))
 
-    def _step(self, gradients: ParallelStep, step: StepInput) -> float:
-        self._set_rates(self.progress.rows / max(self.total_rows, 1))
+    def _losses(self, gradients: Step, chunk: Iterable[StepInput]) -> Iterator[tuple[int, Any]]:
+        """Do the steps of a chunk; yields the rows of each and its loss, as the step gives it."""
+        done = self.progress.rows
+        for step in chunk:
+            self._set_rates(done / max(self.total_rows, 1))
+            yield step.rows, self._step(gradients, step)
+            done += step.rows
+
+    def _step(self, gradients: Step, step: StepInput) -> Any:
         loss = gradients(step.batch, step.weight)
         self._adam.step()
         return loss
@@ -292,7 +285,8 @@ class Trainer:
             return
         loss = self._validation_loss(self.validation)
         if loss < min(progress.validation, default=math.inf):
-            self._best = {k: v.clone() for k, v in self._trained_state().items()}
+            state = self._trained_state()
+            self._best = {k: v.to("cpu", copy=True) for k, v in state.items()}
         progress.validation.append(loss)
 
     def _momenta(self) -> dict[str, Tensor]:
@@ -314,7 +308,7 @@ class Trainer:
 
     def _save(self, path: Path) -> None:
         sections = self._state() | {"best": self._best}
-        tensors = {f"{s}/{n}": t for s, part in sections.items() for n, t in part.items()}
+        tensors = {f"{s}/{n}": t.cpu() for s, part in sections.items() for n, t in part.items()}
         self._write(path, tensors, asdict(self.progress))
 
     def _write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
