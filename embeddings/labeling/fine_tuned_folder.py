@@ -126,8 +126,10 @@ def _identity(config: GraderConfig, folder: Path, split: Path) -> dict[str, Any]
             raise BadInputError(f"{path}: no such file; `label-relevance split` writes it")
     settings = asdict(config)
     settings.pop("threads", None)  # it changes no more than the time
+    for name, value in settings.items():
+        if isinstance(value, str) and value and (folder / value).exists():
+            settings[name] = fingerprint(folder / value)  # wherever it lies
     return {
         "configuration": {"kind": config.kind, **settings},
-        "folder": str(folder.resolve()),
         "data": fingerprint(*parts),
     }
