@@ -228,7 +228,7 @@ def test_a_folder_or_file_of_something_else_is_left_alone(given, tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run(given, tmp_path):
     grader = start(tmp_path, given, learning_rate=1e30)
-    with pytest.raises(BadInputError, match="loss became .*: lower the learning rate"):
+    with pytest.raises(BadInputError, match=r"loss became .*: lower the learning rate"):
         fine_tune(given / "split", tmp_path / "out", grader=grader)
 
 
