@@ -17,16 +17,16 @@ from embeddings.labeling.judgements import Judgements
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Figures of the pairs with two judgements or more.
+    """Figures of the pairs with two judgements or more; NaN where all judgements are one label.
 
     Attributes:
         pairs: how many such pairs there are.
         judgements: how many they have.
         agreement: share of pairs of judgements of one pair that are the same; the mean over pairs.
         fleiss_kappa: that, with agreement by chance taken off (Fleiss 1971), for any numbers of
-            judgements; NaN where all judgements are the same label.
+            judgements.
         quadratic_kappa: Cohen's kappa with quadratic weights of two judgements of one pair, in
-            both orders; NaN likewise.
+            both orders.
         krippendorff_alpha: for interval data: the same with chance drawn without replacement.
     """
 
@@ -44,24 +44,36 @@ def rater_agreement(judgements: Judgements) -> Agreement | None:
     counts = counts[counts.sum(1) > 1]
     if not len(counts):
         return None
-    raters = counts.sum(1)
-    same = (counts * (counts - 1)).sum(1) / (raters * (raters - 1))
-    coincidences = _coincidences(counts)
-    n = counts.sum(0)  # the sums of `O` too
-    share = n / n.sum()
-    chance = (share**2).sum()
-    by_chance = np.outer(n, n)
-    without_itself = (by_chance - np.diag(n)) / (n.sum() - 1)
-    distance = np.subtract.outer(np.arange(len(LABELS)), np.arange(len(LABELS))) ** 2
-    found = (distance * coincidences).sum()
+    found = agreement_figures(counts, np.ones(len(counts)))
     return Agreement(
         pairs=len(counts),
-        judgements=int(raters.sum()),
-        agreement=float(same.mean()),
-        fleiss_kappa=_one_less(1 - same.mean(), 1 - chance),
-        quadratic_kappa=_one_less(found, (distance * by_chance).sum() / n.sum()),
-        krippendorff_alpha=_one_less(found, (distance * without_itself).sum()),
+        judgements=int(counts.sum()),
+        **{name: float(value) for name, value in found.items()},
     )
+
+
+def agreement_figures(counts: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the figures of `Agreement` of one or several collections of pairs, [...] each.
+
+    Args:
+        counts: [P, 3] judgements of each label; two or more in a pair.
+        times: [..., P] how often a pair of such counts is there; need not be a whole number.
+    """
+    raters = counts.sum(1)
+    same = (counts * (counts - 1)).sum(1) / (raters * (raters - 1))
+    same = (times @ same) / times.sum(-1)
+    n = times @ counts
+    total = n.sum(-1)
+    by_chance = n[..., :, None] * n[..., None, :] / total[..., None, None]
+    distance = np.subtract.outer(np.arange(len(LABELS)), np.arange(len(LABELS))) ** 2
+    apart = (distance * _coincidences(counts)).sum((1, 2))  # of a label and itself: 0
+    found, expected = times @ apart, (distance * by_chance).sum((-2, -1))
+    return {
+        "agreement": same,
+        "fleiss_kappa": _one_less(1 - same, 1 - ((n / total[..., None]) ** 2).sum(-1)),
+        "quadratic_kappa": _one_less(found, expected),
+        "krippendorff_alpha": _one_less(found, expected * total / (total - 1)),
+    }
 
 
 def against_the_others(judgements: Judgements) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,10 +100,10 @@ def label_counts(judgements: Judgements) -> np.ndarray:
 
 
 def _coincidences(counts: np.ndarray) -> np.ndarray:
-    """Return ``O`` [3, 3] of the judgements of each pair and label ([P, 3])."""
-    weight = 1 / (counts.sum(1) - 1)
-    return (counts * weight[:, None]).T @ counts - np.diag(weight @ counts)
+    """Return what each pair of such counts ([P, 3]) adds to ``O``, [P, 3, 3], but its diagonal."""
+    return counts[:, :, None] * counts[:, None, :] / (counts.sum(1) - 1)[:, None, None]
 
 
-def _one_less(found: float, expected: float) -> float:
-    return float(1 - found / expected) if expected else float("nan")
+def _one_less(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    nowhere = np.full_like(expected, np.nan)
+    return 1 - np.divide(found, expected, out=nowhere, where=expected > 1e-12)

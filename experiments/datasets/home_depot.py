@@ -58,16 +58,20 @@ def build(output: Path, *, source: Path | None) -> None:
     Raises:
         BadInputError: no folder was named, a file or column is missing, or a value is wrong.
     """
-    path = find_form(source, [["train.csv"], ["relevance.parquet"]], _HOW)
-    pairs = _read(path)
+    pairs = read_grades(source)
     catalog = _one_title_each(pairs)
     write_catalog(output, [products(catalog.index.to_numpy(), catalog.tolist())])
     write_relevance(output, mean_labels(pairs, CUTS), source="human")
     write_schema(output, SCHEMA)
 
 
-def _read(path: Path) -> "pd.DataFrame":
-    """Return ``query``, ``product_id``, ``title`` and ``grade`` of all rows."""
+def read_grades(source: Path | None) -> "pd.DataFrame":
+    """Return ``query``, ``product_id``, ``title`` and ``grade`` of all rows that have a query.
+
+    Raises:
+        BadInputError: as `build` does.
+    """
+    path = find_form(source, [["train.csv"], ["relevance.parquet"]], _HOW)
     if path.suffix == ".csv":
         names = ["search_term", "product_uid", "product_title", "relevance"]
         frame = read_csv(path, names, encoding="latin-1")

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
@@ -50,6 +50,7 @@ def test_pairs_with_one_judgement_do_not_count():
     )
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=20))
 def test_two_raters_give_cohens_kappa_of_both_orders(ratings):
     first, second = zip(*(ratings + [(b, a) for a, b in ratings]), strict=True)
@@ -61,6 +62,7 @@ def test_two_raters_give_cohens_kappa_of_both_orders(ratings):
     assert found.agreement == pytest.approx(np.mean([a == b for a, b in ratings]))
 
 
+@settings(max_examples=30, deadline=None)
 @given(RATINGS)
 def test_alpha_and_agreement_are_those_of_plain_loops(ratings):
     several = [labels for labels in ratings if len(labels) > 1]
@@ -76,6 +78,7 @@ def test_alpha_and_agreement_are_those_of_plain_loops(ratings):
     assert found.agreement == pytest.approx(np.mean(same))
 
 
+@settings(max_examples=30, deadline=None)
 @given(RATINGS, st.randoms(use_true_random=False))
 def test_the_order_of_judgements_does_not_matter(ratings, random):
     shuffled = [random.sample(labels, len(labels)) for labels in ratings]

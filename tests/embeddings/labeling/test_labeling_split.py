@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings.catalog import read_catalog
@@ -135,6 +135,7 @@ def test_two_runs_write_the_same_bytes_and_another_seed_draws_other_queries(data
     assert parts["a"] == parts["b"] != parts["c"]
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(200, 400))
 def test_labels_are_mixed_alike_in_all_parts(seed, queries):
     # All judgements of a query are the same: the hardest case, as its mean is 0, 1 or 2.
