@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -24,7 +26,8 @@ from embeddings.batching import quiet_transformers
 from embeddings.labeling.grades import LABELS, Pairs
 from embeddings.labeling.prompts import read_prompt
 
-FAMILIES = ("llama", "qwen2", "gpt2")
+FAMILIES = ("llama", "qwen2", "gpt2", "mistral")
+WINDOW = 24  # tokens that a token of "mistral" sees
 RULE = {"spare": 0, "similar": 1, "genuine": 2}
 """The label of a pair by the word that its title holds."""
 
@@ -102,6 +105,9 @@ def _model(family: str, seed: int) -> Any:
             return LlamaForCausalLM(LlamaConfig(**sizes, **ends, **vocabulary))
         if family == "qwen2":
             return Qwen2ForCausalLM(Qwen2Config(**sizes, **ends, **vocabulary))
+        if family == "mistral":
+            sizes["sliding_window"] = WINDOW
+            return MistralForCausalLM(MistralConfig(**sizes, **ends, **vocabulary))
         assert family == "gpt2", family
         gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": _POSITIONS}
         return GPT2LMHeadModel(GPT2Config(**gpt2, **ends, **vocabulary))

@@ -21,7 +21,6 @@ from embeddings.labeling.chat_tokens import ChatTokens
 from embeddings.labeling.config import CausalConfig
 from embeddings.labeling.grades import LABELS, Grades, Pairs
 from embeddings.labeling.prompts import Prompt, read_prompt
-from features.errors import BadInputError
 from features.hardware import Precision, keep_freed_memory
 
 _CHUNK_PAIRS = 1024
@@ -71,11 +70,7 @@ class CausalGrader:
         self._threads = threads
         self._packs = can_pack(language_model, self._limit)
         self._cache: Any = None
-        if (needed := chat.lengths([[]])[0]) > self._limit:
-            raise BadInputError(
-                f"prompt '{prompt_version}': has {needed:,} tokens before any pair, and "
-                f"{model} reads {self._limit:,} ('max_tokens', or what it was made for)"
-            )
+        chat.check(Pairs(queries=[], titles=[]), [], self._limit)
 
     @classmethod
     def open(
@@ -126,8 +121,7 @@ class CausalGrader:
         from embeddings.labeling.answer_scores import parts
 
         questions = self._chat.questions(pairs)
-        lengths = self._chat.lengths(questions)
-        self._check(pairs, lengths)
+        self._chat.check(pairs, questions, self._limit)
         on_gpu = self._language_model.device.type == "cuda"
         added = sum(map(len, self._chat.answers))
         tokens = [len(question) + added for question in questions]
@@ -156,15 +150,6 @@ class CausalGrader:
             else:
                 found = score_apart(model, prefix, questions, answers)
             return found.view(-1, len(LABELS)).cpu().numpy()
-
-    def _check(self, pairs: Pairs, lengths: list[int]) -> None:
-        for row, length in enumerate(lengths):
-            if length > self._limit:
-                raise BadInputError(
-                    f"query {pairs.queries[row][:80]!r} with title {pairs.titles[row][:80]!r}: "
-                    f"asking for their label takes {length:,} tokens, and {self.model} reads "
-                    f"{self._limit:,}; raise 'max_tokens' if it can read more"
-                )
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

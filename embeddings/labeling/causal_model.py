@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,7 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
     if not adapter.is_dir():
         raise BadInputError(f"{adapter}: no such folder of LoRA weights")
     peft = import_peft()
-    with _readable(str(adapter), "LoRA adapter of this model"):
+    with quiet_peft(), _readable(str(adapter), "LoRA adapter of this model"):
         return peft.PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
 
 
@@ -125,6 +126,14 @@ def import_peft() -> Any:
             "LoRA needs the package peft: run `pip install 'dashclip-ranker[labeling]'`"
         ) from error
     return peft
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep peft from warning of what it still calls by transformers' old names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def positions(model: Any, max_tokens: int) -> int:

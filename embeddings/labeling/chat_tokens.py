@@ -2,12 +2,12 @@
 
 ::
 
-    prefix                        question             answers (one of them)
-    system, examples, <user>      Query: ... Product:  <end of turn> <assistant> irrelevant <end>
-    the same for every pair       differs              the same for every pair
+    prefix                     question                                     answer
+    system, examples, <user>   Query: ... Product: ... <end> <assistant>    irrelevant <end>
+    the same for every pair    differs                                      one of three
 
-The three parts are tokenised apart: chat templates put a line break or a special token between
-them, at which a tokenizer splits anyway. Text of a query or a title is never read as a special
+The texts of prefix, pair and answer are tokenised apart: chat templates put a line break or a
+special token between them, at which a tokenizer splits anyway. Text of a query or a title is never read as a special
 token, so that no product can end its turn and speak for the assistant.
 """
 
@@ -41,8 +41,8 @@ class ChatTokens:
 
     Attributes:
         prefix: what every chat begins with.
-        answers: of each label, what follows a question: the rest of the template, the label's name
-            and the end of the turn, so that a name that begins another one is told from it.
+        answers: of each label, what follows a question: its name and the end of the turn, so that
+            a name that begins another one is told from it.
 
     Raises:
         BadInputError: the tokenizer's chat template cannot be used.
@@ -66,9 +66,12 @@ class ChatTokens:
         if not found:
             raise BadInputError(f"{name}: its chat template does not show what an assistant says")
         self.prefix = self._encode(head)
-        self.answers = [self._encode(tail + opening + label) for label in LABELS]
         ending = self._ending(closing)
-        self.answers = [answer + ending for answer in self.answers]
+        # With what comes before it, as a tokenizer may join a name with a space.
+        rest = [self._encode(tail + opening + label) + ending for label in LABELS]
+        shared = next(n for n, tokens in enumerate(zip(*rest, strict=False)) if len({*tokens}) > 1)
+        self._lead = rest[0][:shared]
+        self.answers = [tokens[shared:] for tokens in rest]
 
     def questions(self, pairs: Pairs) -> list[list[int]]:
         """Return the tokens of what is asked of each pair."""
@@ -85,12 +88,24 @@ class ChatTokens:
             split_special_tokens=True,
             verbose=False,
         )["input_ids"]
-        return tokens
+        return [question + self._lead for question in tokens]
 
-    def lengths(self, questions: Sequence[Sequence[int]]) -> list[int]:
-        """Return how many tokens the longest chat of each question has, with its answer."""
-        around = len(self.prefix) + max(map(len, self.answers))
-        return [around + len(question) for question in questions]
+    def check(self, pairs: Pairs, questions: Sequence[Sequence[int]], limit: int) -> None:
+        """Raise `BadInputError` for a pair whose chat has more than ``limit`` tokens."""
+        room = limit - len(self.prefix) - max(map(len, self.answers))
+        if room <= len(self._lead):
+            raise BadInputError(
+                f"prompt '{self._prompt.version}': has {limit - room + len(self._lead):,} tokens "
+                "without a pair, and "
+                f"{self._name} reads {limit:,}, by 'max_tokens' or at all"
+            )
+        for row, question in enumerate(questions):
+            if len(question) > room:
+                raise BadInputError(
+                    f"query {pairs.queries[row][:80]!r} with title {pairs.titles[row][:80]!r}: the "
+                    f"prompt has {limit - room + len(question):,} tokens, and {self._name} reads "
+                    f"{limit:,}, by 'max_tokens' or at all"
+                )
 
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer.encode(
@@ -112,7 +127,11 @@ class ChatTokens:
         """Return a chat as text; where a template knows no system, the first user says its part."""
         from jinja2 import TemplateError
 
-        options = {"tokenize": False, "add_generation_prompt": ask, "enable_thinking": False}
+        options: dict[str, Any] = {
+            "tokenize": False,
+            "add_generation_prompt": ask,
+            "enable_thinking": False,
+        }
         if self._tokenizer.chat_template is None:
             options["chat_template"] = PLAIN_TEMPLATE
         system, user, *rest = chat
