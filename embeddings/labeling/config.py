@@ -128,6 +128,8 @@ class EndpointConfig:
         retries: further attempts for a pair, after an error or an answer that cannot be read.
         input_price: of a million tokens read.
         output_price: of a million tokens written.
+        training_price: of a million tokens of fine-tuning, in each of its epochs.
+        epochs: of fine-tuning; 0 leaves it to the server.
     """
 
     kind: ClassVar[str] = "endpoint"
@@ -146,6 +148,8 @@ class EndpointConfig:
     retries: int = 6
     input_price: float = 0.0
     output_price: float = 0.0
+    training_price: float = 0.0
+    epochs: int = 0
 
     def __post_init__(self) -> None:
         check_least(self, {"max_output_tokens": 1, "concurrency": 1, "timeout_seconds": 0.001})

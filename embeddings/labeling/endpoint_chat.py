@@ -44,7 +44,10 @@ def grade_by_chat(endpoint: Endpoint, pairs: Pairs) -> Iterator[Grades]:
     with asyncio.Runner() as runner:
         chat = _Chat(endpoint, pairs)
         try:
-            while (grades := runner.run(chat.next_grades())) is not None:
+            while True:
+                runner.run(chat.wait())
+                if (grades := chat.take()) is None:
+                    break
                 yield grades
         except KeyboardInterrupt:
             with suppress(KeyboardInterrupt):
@@ -96,8 +99,8 @@ class _Chat:
         self._client: Any = None
         self._workers: list[asyncio.Task[None]] = []
 
-    async def next_grades(self) -> Grades | None:
-        """Return what has arrived, as soon as something has; ``None`` when no more will."""
+    async def wait(self) -> None:
+        """Wait until something has arrived, or nothing more will."""
         if self._client is None:
             self._client = connect(self._endpoint.config)
             count = min(self._endpoint.config.concurrency, len(self._pairs))
@@ -105,7 +108,6 @@ class _Chat:
         while not self._ready and not all(worker.done() for worker in self._workers):
             await self._news.wait()
             self._news.clear()
-        return self.take()
 
     def take(self) -> Grades | None:
         """Return what has arrived, ``None`` where nothing has."""

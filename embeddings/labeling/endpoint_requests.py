@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +16,19 @@ from embeddings.labeling.prompts import Prompt, answer_schema, parse_answer
 from features.errors import BadInputError
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
 OPENAI_URL = "https://api.openai.com/v1"
+OF_THE_PAIR = ("context_length_exceeded", "content_filter", "content_policy_violation")
+"""Codes of errors that are due to one pair and not to the way it is asked."""
 
 _NO_KEY = "none"  # what is sent to a server of one's own, which asks for none
 _BYTES_PER_TOKEN = 3.0  # of English with its chat marks; rather too few
 _MESSAGE_TOKENS = 8
 _SHOWN = 300
 _MILLION = 1e6
-_OF_THE_PAIR = ("context_length_exceeded", "content_filter", "content_policy_violation")
 _OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
 
 
@@ -59,23 +61,39 @@ def base_url(config: EndpointConfig) -> str:
 
 
 def connect(config: EndpointConfig) -> "AsyncOpenAI":
-    """Return a client that neither retries nor logs in; to be closed in its event loop.
+    """Return a client that does not retry by itself; to be closed in its event loop.
 
     Raises:
         BadInputError: the package is missing, or the environment holds no key for OpenAI's server.
     """
-    try:
-        from openai import AsyncOpenAI
-    except ImportError as error:
+    settings = _settings(config)
+    from openai import AsyncOpenAI
+
+    return AsyncOpenAI(**settings)
+
+
+def connect_blocking(config: EndpointConfig) -> "OpenAI":
+    """Return a client as `connect` does, for one request at a time."""
+    settings = _settings(config)
+    from openai import OpenAI
+
+    return OpenAI(**settings)
+
+
+def _settings(config: EndpointConfig) -> dict[str, Any]:
+    if find_spec("openai") is None:
         raise BadInputError(
             "an endpoint needs the package 'openai': pip install 'dashclip-ranker[labeling]'"
-        ) from error
+        )
     url, key = base_url(config), os.environ.get(KEY_VARIABLE)
     if not key and url == OPENAI_URL:
         raise BadInputError(f"{url} asks for a key: set the environment variable {KEY_VARIABLE}")
-    return AsyncOpenAI(
-        base_url=url, api_key=key or _NO_KEY, max_retries=0, timeout=config.timeout_seconds
-    )
+    return {
+        "base_url": url,
+        "api_key": key or _NO_KEY,
+        "max_retries": 0,
+        "timeout": config.timeout_seconds,
+    }
 
 
 def chat_body(
@@ -175,7 +193,7 @@ def cost(config: EndpointConfig, input_tokens: int, output_tokens: int) -> float
 
 def is_of_the_pair(error: "APIStatusError") -> bool:
     """Return whether an endpoint refuses one pair (too long, filtered) and not the way it asks."""
-    return error.status_code == 400 and error.code in _OF_THE_PAIR
+    return error.status_code == 400 and error.code in OF_THE_PAIR
 
 
 def is_passing(error: "APIStatusError") -> bool:
