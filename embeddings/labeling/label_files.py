@@ -151,14 +151,15 @@ def write_ungraded(output: Path, selection: Selection) -> int:
         path.unlink(missing_ok=True)
         return 0
     names = [columns.QUERY, columns.PRODUCT_ID]
-    with atomic_file(path) as scratch, pq.ParquetWriter(scratch, pa.schema(SCHEMA)[:2]) as writer:
+    schema = pa.schema([SCHEMA.field(name) for name in names])
+    with atomic_file(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
         for part, state in states:
             if state.ungraded:
                 chosen = selection.read(int(part.stem.removeprefix("part-")), state.pairs)
                 with open_parquet(part, names) as file:
                     graded = set(zip(*file.read(names).to_pydict().values(), strict=True))
                 rows = [row for row in chosen.to_pylist() if tuple(row.values()) not in graded]
-                writer.write_table(pa.Table.from_pylist(rows, writer.schema))
+                writer.write_table(pa.Table.from_pylist(rows, schema))
     return sum(state.ungraded for _, state in states)
 
 

@@ -85,7 +85,7 @@ class Tally:
     """What one run did.
 
     Attributes:
-        labelled: pairs that got a label in this run.
+        labelled: pairs of the parts that this run wrote that have a label.
         from_cache: those of them whose answer was known when the run began.
         asked: pairs that the grader was given; pairs of one query and one title count once.
         grading_seconds: that the grader took.
@@ -139,6 +139,7 @@ class LabelRun:
     on_labelled: Callable[[int], None] = lambda _: None
     tally: Tally = field(default_factory=Tally)
     _unfinished: dict[int, _Unfinished] = field(default_factory=dict, init=False)
+    _given_up: set[bytes] = field(default_factory=set, init=False)
 
     def take_known(self) -> int:
         """Write the parts whose answers are all known; return how many pairs others lack.
@@ -168,8 +169,12 @@ class LabelRun:
         return unknown
 
     def sample(self, pairs: int) -> Pairs:
-        """Return some pairs of the first chunk that lacks answers, evenly spaced in it."""
+        """Return some of the first chunk's pairs without an answer, evenly spaced in it.
+
+        None is asked the same as another.
+        """
         chunk, unknown = self._unknown(next(iter(self._unfinished)))
+        unknown = np.array(list({chunk.keys[row]: row for row in unknown}.values()))
         spaced = np.linspace(0, len(unknown) - 1, min(pairs, len(unknown))).astype(np.int64)
         return chunk.pairs.take(unknown[spaced])
 
@@ -213,9 +218,13 @@ class LabelRun:
         return _Chunk(number=number, table=table, pairs=pairs, keys=keys)
 
     def _unknown(self, number: int) -> tuple[_Chunk, np.ndarray]:
-        """Return a chunk and the positions of its pairs without an answer."""
+        """Return a chunk and the positions of its pairs that are to be asked."""
         chunk = self._read(number, self._unfinished[number].pairs)
-        return chunk, np.flatnonzero(self.cache.look_up(chunk.keys).label == UNGRADED)
+        unknown = np.flatnonzero(self.cache.look_up(chunk.keys).label == UNGRADED)
+        if self._given_up:
+            given_up = [chunk.keys[row] in self._given_up for row in unknown]
+            unknown = unknown[~np.array(given_up, bool)]
+        return chunk, unknown
 
     def _ask(
         self,
@@ -239,6 +248,7 @@ class LabelRun:
                     grades.label[graded],
                     grades.probability[graded],
                 )
+                self._given_up.update(keys[row] for row in rows[grades.position[~graded]])
                 self.tally.asked += len(grades.position)
                 on_labelled(int(count[begin + grades.position].sum()))
         self.tally.grading_seconds += time.perf_counter() - start
