@@ -23,14 +23,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # noqa: E4
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType  # noqa: E402
+from torchrec.modules.embedding_configs import EmbeddingBagConfig  # noqa: E402
 from torchrec.modules.fused_embedding_modules import EmbeddingFusedOptimizer  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor  # noqa: E402
 
 _EPSILON = 1e-8
 _SET = 32  # rows that compete for the same slots of the cache
 _LOCATIONS = {"device": EmbeddingLocation.DEVICE, "cached": EmbeddingLocation.MANAGED_CACHING}
-_POOLING = {PoolingType.SUM: PoolingMode.SUM, PoolingType.MEAN: PoolingMode.MEAN}
 
 
 class DeviceTables(nn.Module):
@@ -40,7 +39,7 @@ class DeviceTables(nn.Module):
     place. `weights` puts them there.
 
     Args:
-        configs: of the S tables; one feature each, all pooled alike.
+        configs: of the S tables; one feature each.
         places: where each table lies, by name; one on a GPU, of no account on the CPU.
         device: where they are looked up.
         learning_rate: of the tables.
@@ -63,7 +62,6 @@ class DeviceTables(nn.Module):
         self._configs = list(configs)
         self._device = device
         self._width = sum(config.embedding_dim for config in configs)
-        (pooling,) = {config.pooling for config in configs}
         cuda = device.type == "cuda"
         compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
         specs = [
@@ -78,7 +76,7 @@ class DeviceTables(nn.Module):
         cache_rows = sum(places[config.name].cache_rows for config in configs) if cuda else 0
         lookup = SplitTableBatchedEmbeddingBagsCodegen(
             specs,
-            pooling_mode=_POOLING[pooling],
+            pooling_mode=PoolingMode.SUM,  # of means, fbgemm gives no gradient for weighted rows
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=learning_rate,
             eps=_EPSILON,
@@ -94,7 +92,7 @@ class DeviceTables(nn.Module):
         return self._configs
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Look up N bags of each of the S features, in the tables' order; [N, S * D]."""
+        """Look up and sum N bags of each of the S features, in the tables' order; [N, S * D]."""
         bags = (features.offsets().numel() - 1) // len(self._configs)
         return KeyedTensor(
             keys=[name for config in self._configs for name in config.feature_names],
@@ -111,7 +109,9 @@ class DeviceTables(nn.Module):
             rows: [L] int64.
             offsets: [N + 1] int64.
         """
-        return self._look_up(len(offsets) - 1, rows, offsets, (rows > 0).float())
+        lengths = offsets.diff()
+        of_row = torch.repeat_interleave(lengths, lengths, output_size=len(rows))
+        return self._look_up(len(lengths), rows, offsets, (rows > 0) / of_row)
 
     def _look_up(self, bags: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         if bags == 0:
