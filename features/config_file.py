@@ -86,8 +86,10 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
-    # TOML's basic strings escape as JSON's do.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        # TOML's basic strings escape as JSON's do, and one control character more.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
 
 
 def _checked(where: str, value: Any, kind: Any) -> Any:

@@ -127,14 +127,15 @@ def parse_answer(text: str) -> int | None:
     text = text.strip()
     if text.startswith("{"):
         try:
-            content = json.loads(text)
-        except ValueError:
+            content = json.loads(text, object_pairs_hook=tuple)
+        except (ValueError, RecursionError):
             return None
-        if not (isinstance(content, dict) and list(content) == ["label"]):
+        # One key, also where a key stands twice.
+        if not (isinstance(content, tuple) and [key for key, _ in content] == ["label"]):
             return None
-        if not isinstance(content["label"], str):
+        text = content[0][1]
+        if not isinstance(text, str):
             return None
-        text = content["label"]
     name = text.casefold()
     return LABELS.index(name) if name in LABELS else None
 
