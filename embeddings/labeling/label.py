@@ -254,15 +254,13 @@ def _approve(expected: Estimate, options: Label) -> None:
     if not above:
         return
     if sys.stdin.isatty() and stderr.is_terminal:
-        if stderr.input(f"above {' and '.join(above)}: go on? [y/N] ").strip().lower() in _YES:
+        reply = stderr.input(f"above {' and '.join(above)}: go on? [y/N] ", markup=False)
+        if reply.strip().lower() in ("y", "yes"):
             return
         raise BadInputError("not started")
     raise BadInputError(
         f"{expected.sentence()}: above {' and '.join(above)}; give --yes to start it"
     )
-
-
-_YES = ("y", "yes")
 
 
 @contextmanager

@@ -365,8 +365,9 @@ def test_on_a_terminal_one_is_asked(asked, reply, said):
     os.close(theirs)
     seen = b""
     with process:
-        while b"[y/N]" not in seen and process.poll() is None:
+        while b"go on?" not in seen:
             seen += os.read(ours, 1000)
+        assert b"go on? [y/N] " in seen
         os.write(ours, reply)
         try:
             while more := os.read(ours, 1000):
