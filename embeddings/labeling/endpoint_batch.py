@@ -344,6 +344,7 @@ class _Desk:
             cost(self._endpoint.config, read, written),
             input_tokens=read,
             output_tokens=written,
+            unreadable=sum(completion.label is None for completion in completions.values()),
         )
 
     def _read(self, batch: _Batch, state: Any) -> dict[str, Completion]:

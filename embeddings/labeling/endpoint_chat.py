@@ -226,7 +226,11 @@ class _Chat:
         read = expected if completion.input_tokens is None else completion.input_tokens
         written = completion.output_tokens or 0
         endpoint.ledger.settle(
-            reserved, cost(config, read, written), input_tokens=read, output_tokens=written
+            reserved,
+            cost(config, read, written),
+            input_tokens=read,
+            output_tokens=written,
+            unreadable=completion.label is None,
         )
         endpoint.tokens_pace.take(read + written - expected - config.max_output_tokens)
         endpoint.note_answer(completion)

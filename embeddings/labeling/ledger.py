@@ -10,8 +10,9 @@ _TABLE = """
 CREATE TABLE IF NOT EXISTS spent (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     requests INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
-    cost REAL NOT NULL
+    cost REAL NOT NULL, unreadable INTEGER NOT NULL
 )"""
+_Spent = tuple[int, int, int, float, int]
 _ROUNDING = 1e-9  # of a sum of many costs, in parts of the limit
 
 
@@ -51,7 +52,7 @@ class Ledger:
         self._max_cost = max_cost
         self._lock = threading.Lock()
         self._file = open_notes(path, _TABLE)
-        self._file.execute("INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0, 0.0)")
+        self._file.execute("INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0, 0.0, 0)")
 
     @property
     def requests(self) -> int:
@@ -73,9 +74,14 @@ class Ledger:
         """Money; a request whose answer did not arrive counts at its highest cost."""
         return max(float(self._read()[3]), 0.0)
 
+    @property
+    def unreadable(self) -> int:
+        """Answers that did not state exactly one label."""
+        return int(self._read()[4])
+
     def affordable(self, requests: int, cost: float) -> int:
         """Return how many of ``requests`` requests, each of at most ``cost``, the limits allow."""
-        return self._affordable(requests, cost, *self._read())
+        return self._affordable(requests, cost, self._read())
 
     def reserve(self, cost: float, *, requests: int = 1) -> None:
         """Note requests that are about to be sent.
@@ -90,21 +96,27 @@ class Ledger:
         with self._lock, self._file:
             self._file.execute("BEGIN IMMEDIATE")
             spent = self._file.execute("SELECT * FROM spent").fetchone()[1:]
-            if self._affordable(requests, cost / max(requests, 1), *spent) < requests:
-                raise BudgetReachedError(self._reached(requests, *spent))
+            if self._affordable(requests, cost / max(requests, 1), spent) < requests:
+                raise BudgetReachedError(self._reached(requests, spent))
             self._file.execute(
                 "UPDATE spent SET requests = requests + ?, cost = cost + ?", (requests, cost)
             )
 
     def settle(
-        self, reserved: float, cost: float, *, input_tokens: int = 0, output_tokens: int = 0
+        self,
+        reserved: float,
+        cost: float,
+        *,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        unreadable: int = 0,
     ) -> None:
         """Note what came of requests: the ``cost`` in the place of what was ``reserved``."""
         with self._lock, self._file:
             self._file.execute(
                 "UPDATE spent SET cost = cost + ?, input_tokens = input_tokens + ?, "
-                "output_tokens = output_tokens + ?",
-                (cost - reserved, input_tokens, output_tokens),
+                "output_tokens = output_tokens + ?, unreadable = unreadable + ?",
+                (cost - reserved, input_tokens, output_tokens, unreadable),
             )
 
     def close(self) -> None:
@@ -112,14 +124,13 @@ class Ledger:
         with self._lock:
             self._file.close()
 
-    def _read(self) -> tuple[int, int, int, float]:
+    def _read(self) -> _Spent:
         with self._lock:
             row = self._file.execute("SELECT * FROM spent").fetchone()
         return row[1:]
 
-    def _affordable(
-        self, wanted: int, cost: float, requests: int, _read: int, _written: int, spent: float
-    ) -> int:
+    def _affordable(self, wanted: int, cost: float, noted: _Spent) -> int:
+        requests, _, _, spent, _ = noted
         allowed = wanted
         if self._max_requests is not None:
             allowed = min(allowed, self._max_requests - requests)
@@ -129,7 +140,8 @@ class Ledger:
             allowed = allowed if left >= allowed * cost else int(left / cost)
         return max(allowed, 0)
 
-    def _reached(self, wanted: int, requests: int, _read: int, _written: int, spent: float) -> str:
+    def _reached(self, wanted: int, noted: _Spent) -> str:
+        requests, _, _, spent, _ = noted
         if self._max_requests is not None and requests + wanted > self._max_requests:
             return (
                 f"of the budget of {self._max_requests:,} requests, {requests:,} are sent; "

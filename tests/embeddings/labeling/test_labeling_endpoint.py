@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -108,6 +109,7 @@ def test_what_is_never_readable_stays_ungraded(chat_server):
     assert np.isnan(grades.probability).all()
     assert ledger.requests == 2 + 2 * 3
     assert (endpoint.counts.unreadable, endpoint.counts.ungraded) == (6, 2)
+    assert ledger.unreadable == 6
 
 
 def test_a_model_that_never_states_a_label_is_stopped(chat_server):
@@ -243,15 +245,22 @@ def test_the_limit_of_requests_a_minute_is_kept(chat_server):
     assert proxy.times[-1] - proxy.times[0] >= 0.3
 
 
-def test_ctrl_c_loses_no_answer(chat_server):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_loses_no_answer(chat_server, number):
+    """As Ctrl-C does, and SIGTERM where a command has it do the same."""
     pairs, labels = rule_pairs(40)
     seen = {}
-    with FaultyProxy(chat_server, delay=0.1) as proxy:
-        endpoint = open_endpoint(proxy, concurrency=4)
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            listen(endpoint, pairs, seen)
-        time.sleep(0.2)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with FaultyProxy(chat_server, delay=0.1) as proxy:
+            endpoint = open_endpoint(proxy, concurrency=4)
+            killer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+            killer.start()
+            with pytest.raises(KeyboardInterrupt):
+                listen(endpoint, pairs, seen)
+            time.sleep(0.2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert 4 <= len(seen) == len(proxy.answered) == proxy.requests < 40
     assert all(labels[position] == label for position, label in seen.items())
 
@@ -314,13 +323,24 @@ def test_the_address_and_the_key_come_from_the_environment(chat_server, monkeypa
         grade_all(open_endpoint(proxy, base_url=""), pairs)
 
 
-def test_the_key_is_in_no_file_of_the_ledger(chat_server, tmp_path):
+def test_the_key_is_in_no_file_and_no_log(chat_server, tmp_path, caplog):
     ledger = Ledger(tmp_path / "ledger")
-    with FaultyProxy(chat_server) as proxy:
+    caplog.set_level("DEBUG")
+    with FaultyProxy(chat_server, lambda number: "500" if number == 1 else "") as proxy:
         grade_all(open_endpoint(proxy, ledger), rule_pairs(3)[0])
+    assert "openai" in {record.name.split(".")[0] for record in caplog.records}
+    assert KEY not in caplog.text
+    assert KEY not in " ".join(str(record.__dict__) for record in caplog.records)
     for path in tmp_path.iterdir():
         assert KEY.encode() not in path.read_bytes()
     ledger.close()
+
+
+def test_a_missing_package_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    endpoint = Endpoint(EndpointConfig(model="tiny"), Path())
+    with pytest.raises(BadInputError, match=r"pip install 'dashclip-ranker\[labeling\]'"):
+        grade_all(endpoint, rule_pairs(1)[0])
 
 
 def test_the_fingerprint_follows_what_decides_an_answer():

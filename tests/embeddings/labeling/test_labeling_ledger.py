@@ -16,10 +16,11 @@ def test_a_request_counts_at_its_highest_cost_until_it_is_settled(tmp_path):
     assert (ledger.requests, ledger.cost) == (1, 0.6)
     with pytest.raises(BudgetReachedError, match=r"0\.6 is spent .* --max-cost"):
         ledger.reserve(0.6)
-    ledger.settle(0.6, 0.1, input_tokens=200, output_tokens=3)
+    ledger.settle(0.6, 0.1, input_tokens=200, output_tokens=3, unreadable=1)
     ledger.reserve(0.6)
     assert (ledger.requests, ledger.input_tokens, ledger.output_tokens) == (2, 200, 3)
     assert ledger.cost == pytest.approx(0.7)
+    assert ledger.unreadable == 1
 
 
 def test_the_requests_of_earlier_runs_count(tmp_path):
