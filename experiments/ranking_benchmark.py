@@ -39,7 +39,8 @@ def shared_config(path: Path | None, keep_unclicked: float | None) -> RankerConf
     if path is not None:
         config = from_toml(path, RankerConfig)
     keep = config.training.keep_unclicked if keep_unclicked is None else keep_unclicked
-    return replace(config, training=replace(config.training, keep_unclicked=keep, threads=1))
+    training = replace(config.training, keep_unclicked=keep, device="cpu", threads=1)
+    return replace(config, training=training)
 
 
 def benchmark_ranking(
