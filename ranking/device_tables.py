@@ -76,7 +76,7 @@ class DeviceTables(nn.Module):
         cache_rows = sum(places[config.name].cache_rows for config in configs) if cuda else 0
         lookup = SplitTableBatchedEmbeddingBagsCodegen(
             specs,
-            pooling_mode=PoolingMode.SUM,  # of means, fbgemm gives no gradient for weighted rows
+            pooling_mode=PoolingMode.SUM,  # of weighted means, the CPU's gradient is wrong
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=learning_rate,
             eps=_EPSILON,
