@@ -3,7 +3,7 @@
 ::
 
     OUTPUT/
-      evaluation.json
+      evaluation.json  evaluation.html
       grades/GRADER/PART-HASH/*.parquet     what each grader said of each pair
       spent.sqlite                          what endpoints cost, if there are any
 """
@@ -22,21 +22,21 @@ import numpy as np
 from embeddings.labeling.agreement import against_the_others, rater_agreement
 from embeddings.labeling.calibration import calibration
 from embeddings.labeling.config import GRADER, EndpointConfig, read_grader_config
+from embeddings.labeling.evaluation_page import FLOOR, page, tables
 from embeddings.labeling.grades import LABELS, Grader
 from embeddings.labeling.judgements import PARTS, Judgements, Part, read_judgements
 from embeddings.labeling.ledger import Ledger
 from embeddings.labeling.open_grader import open_grader
 from embeddings.labeling.options import Evaluate
-from embeddings.labeling.scores import INTERVALS, Scored, score
+from embeddings.labeling.scores import Scored, score
 from embeddings.labeling.stored_grades import StoredGrades
 from features.console import print_table, progress_bar, say
 from features.errors import BadInputError
 from features.files import fingerprint, write_text
 
 EVALUATION = "evaluation.json"
+PAGE = "evaluation.html"
 CHOSEN_BY = "quadratic_kappa"
-FLOOR = "majority label"
-HUMANS = "one human, by the others"
 _PARTS: tuple[Part, Part] = ("validation", "evaluation")
 _SPENT = "spent.sqlite"
 
@@ -44,17 +44,12 @@ _SPENT = "spent.sqlite"
 def run(options: Evaluate, command: str) -> None:
     """Do the step and print its figures."""
     content = evaluate(options, command)
-    named = {name: found["evaluation"] for name, found in content["graders"].items()}
-    named[FLOOR] = content["floor"]
-    if content["humans"]:
-        named[HUMANS] = content["humans"]["evaluation"]
-    _print_figures(f"Evaluation part: {content['evaluation_pairs']:,} pairs", named)
-    best = content["best"]
-    _print_best(best, named[best])
-    _print_differences(best, content["differences"])
-    say(f"best: {best}, by quadratic kappa on the validation part")
+    for table in tables(content):
+        print_table(table.title, table.header, table.rows)
+    say(f"best: {content['best']}, by {content['chosen_by'].replace('_', ' ')}")
     if content["humans"] is None:
         say("agreement between people: unknown, no pair of the split has two judgements")
+    say(f"Figures: {options.output / EVALUATION}, {options.output / PAGE}")
 
 
 def evaluate(options: Evaluate, command: str = "") -> dict[str, Any]:
@@ -74,13 +69,15 @@ def evaluate(options: Evaluate, command: str = "") -> dict[str, Any]:
     limits = {"max_requests": options.max_requests, "max_cost": options.max_cost}
     with closing(Ledger(spent, **limits)) as ledger:  # type: ignore[arg-type]
         openers = {name: partial(open_grader, path, ledger) for name, path in paths.items()}
-        return evaluate_graders(openers, options.split, options.output, command=command)
+        content = evaluate_graders(openers, options.split, options.output, command=command)
+    write_text(options.output / PAGE, page(content))
+    return content
 
 
 def evaluate_graders(
     openers: Mapping[str, Callable[[], Grader]], split: Path, output: Path, *, command: str = ""
 ) -> dict[str, Any]:
-    """Do as `evaluate` does with graders that are opened one after the other.
+    """Do as `evaluate` does, but for the page, with graders that are opened one after the other.
 
     Args:
         openers: what opens each grader, by its name, which names its folder too.
@@ -198,61 +195,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _print_figures(title: str, named: Mapping[str, Mapping[str, Any]]) -> None:
-    header = ["grader", "accuracy", "macro F1", "kappa", "quadratic kappa", "mean abs. error"]
-    header += ["log loss", "calib. error", "ungraded", "pairs/s"]
-    rows = []
-    for name, found in named.items():
-        told = found.get("calibration") or {}
-        rate = found.get("pairs_per_second")
-        rows.append(
-            [
-                name,
-                *(_with_interval(found, figure) for figure in INTERVALS),
-                _cell(found["mean_absolute_error"]),
-                _cell(told.get("log_loss")),
-                _cell(told.get("expected_calibration_error")),
-                f"{found['ungraded']:,}",
-                "-" if rate is None else f"{rate:,.1f}",
-            ]
-        )
-    print_table(title, header, rows)
-
-
-def _print_best(best: str, found: Mapping[str, Any]) -> None:
-    rows = [
-        [
-            label,
-            *(f"{count:,}" for count in found["confusion"][position]),
-            f"{found['confusion_ungraded'][position]:,}",
-            *(_cell(found[figure][position]) for figure in ("recall", "precision", "f1")),
-        ]
-        for position, label in enumerate(LABELS)
-    ]
-    header = ["label of people", *LABELS, "ungraded", "recall", "precision", "F1"]
-    print_table(f"{best}: labels given", header, rows)
-
-
-def _print_differences(best: str, differences: Mapping[str, Mapping[str, Any]]) -> None:
-    rows = [
-        [name, *(_difference(found[figure]) for figure in INTERVALS)]
-        for name, found in differences.items()
-    ]
-    header = ["less than it", *(figure.replace("_", " ") for figure in INTERVALS)]
-    print_table(f"{best}: lead, with 95 % intervals over queries", header, rows)
-
-
-def _with_interval(found: Mapping[str, Any], figure: str) -> str:
-    low, high = found["intervals"][figure]
-    return f"{_cell(found[figure])} [{_cell(low)}, {_cell(high)}]"
-
-
-def _difference(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{_cell(found['difference'], '+')} [{_cell(low, '+')}, {_cell(high, '+')}]"
-
-
-def _cell(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.3f}"

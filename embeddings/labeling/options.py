@@ -78,7 +78,7 @@ class Evaluate:
     graders: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="TOML|DIR")]
     """The graders: TOML files or folders of ``label-relevance fine-tune``."""
     output: Folder
-    """Folder of evaluation.json and the grades."""
+    """Folder of evaluation.json, evaluation.html and the grades."""
     max_requests: int | None = None
     """Requests to endpoints after which the run stops; the same command then goes on."""
     max_cost: float | None = None

@@ -6,7 +6,8 @@ import pytest
 
 from embeddings.labeling.agreement import rater_agreement
 from embeddings.labeling.cli import main
-from embeddings.labeling.evaluate import EVALUATION, FLOOR, evaluate_graders
+from embeddings.labeling.evaluate import EVALUATION, PAGE, evaluate_graders
+from embeddings.labeling.evaluation_page import FLOOR, HUMANS, page
 from embeddings.labeling.grades import Grades
 from embeddings.labeling.judgements import read_judgements
 from embeddings.labeling.stored_grades import StoredGrades
@@ -163,7 +164,23 @@ def test_grades_are_saved_with_their_pairs(split, tmp_path):
 
 def test_without_several_raters_nothing_is_said_of_people(tmp_path):
     split = write_tiny_split(tmp_path)
-    assert judge(split, tmp_path / "out", words=Words())["humans"] is None
+    content = judge(split, tmp_path / "out", words=Words())
+    assert content["humans"] is None
+    shown = page(content)
+    assert "How far people agree is unknown" in shown
+    assert HUMANS not in shown
+
+
+def test_the_page_shows_the_figures(split, tmp_path):
+    content = judge(split, tmp_path, words=Words(), **{"<mute>": Words(silent=True)})
+    shown = page(content)
+    for name in ("words", "<mute>"):
+        assert f"{content['graders'][name]['evaluation']['kappa']:.3f}" in shown
+    assert "over &lt;mute&gt;" in shown
+    assert "<mute>" not in shown
+    assert shown.count("<svg") == 2
+    assert HUMANS in shown
+    assert content["split_fingerprint"] in shown
 
 
 def test_the_command_names_the_best(split, tmp_path, capsys):
@@ -176,8 +193,9 @@ def test_the_command_names_the_best(split, tmp_path, capsys):
     printed = capsys.readouterr()
     content = json.loads((tmp_path / "out" / EVALUATION).read_text())
     assert content["best"] == "cosine"
+    assert "Best: cosine, by quadratic kappa" in (tmp_path / "out" / PAGE).read_text()
     assert f"{content['graders']['cosine']['evaluation']['quadratic_kappa']:.3f}" in printed.out
-    assert "one human, by the others" in printed.out
+    assert HUMANS in printed.out
     assert "best: cosine, by quadratic kappa on the validation part" in printed.err
 
 
