@@ -43,6 +43,7 @@ def tiny_config(*, training: dict[str, object] | None = None, **model: object) -
         "chunk_groups": 2,
         "learning_rate": 0.01,
         "precision": "float32",
+        "device": "cpu",
         "threads": 1,
     }
     return RankerConfig(
