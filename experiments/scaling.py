@@ -16,7 +16,7 @@ import tyro
 from features.console import run_command, say
 from features.errors import BadInputError
 
-PartName = Literal["tables", "history", "large", "processes", "spark"]
+PartName = Literal["tables", "history", "large", "processes", "interrupted", "spark"]
 
 # Where each part is measured; imported when it is asked for.
 MODULES: dict[PartName, str] = {
@@ -24,6 +24,7 @@ MODULES: dict[PartName, str] = {
     "history": "experiments.scaling_history",
     "large": "experiments.scaling_large",
     "processes": "experiments.scaling_processes",
+    "interrupted": "experiments.scaling_interrupted",
     "spark": "experiments.scaling_spark",
 }
 _LEAST_IMPRESSIONS = 200_000
@@ -35,7 +36,8 @@ class Options:
 
     Parts: 'tables', a training step with product tables of up to 20 million rows; 'history', cost
     of histories of up to 1,000 purchases; 'large', features and an epoch over generated
-    impressions; 'processes', two processes against one; 'spark', features on Spark against DuckDB.
+    impressions; 'processes', two processes against one; 'interrupted', two processes that go on as
+    one and as two again, and one of two killed; 'spark', features on Spark against DuckDB.
     A part that scaling.json holds is measured again where it is named; 'large' carries on where it
     was stopped. Exit status 1 if a part of this run failed. For exact figures the machine should
     be quiet.
@@ -43,10 +45,12 @@ class Options:
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of scaling.json and of what is made for it."""
-    parts: tuple[PartName, ...] = ("tables", "history", "large", "processes", "spark")
+    parts: tuple[PartName, ...] = tuple(MODULES)
     """Which parts to run."""
     impressions: int = 100_000_000
     """How many are generated for 'large'; needs about 30 bytes of disk for each."""
+    seed: int = 0
+    """Of what is generated, the true click probabilities included."""
     data: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("data/complete-journey")
     """Dataset folder that 'processes' and 'spark' read."""
     threads: int = 2
@@ -68,12 +72,13 @@ def _measure(options: Options) -> bool:
     """Run the parts in their order and return whether all of them passed."""
     from experiments.scaling_results import ScalingConfig, print_results, write_part
 
-    for name, least in (("impressions", _LEAST_IMPRESSIONS), ("threads", 1)):
+    for name, least in (("impressions", _LEAST_IMPRESSIONS), ("seed", 0), ("threads", 1)):
         if getattr(options, name) < least:
             raise BadInputError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     config = ScalingConfig(
         output=options.output,
         impressions=options.impressions,
+        seed=options.seed,
         data=options.data,
         threads=options.threads,
     )

@@ -2,7 +2,7 @@
 
 ::
 
-    OUTPUT/large/IMPRESSIONS/
+    OUTPUT/large/IMPRESSIONS/          with another seed than 0, IMPRESSIONS-seed-SEED
       data/           the generated dataset with its request records
       run/            the ranker
       stages.json     what each stage took; one that is there is not repeated
@@ -45,19 +45,20 @@ def measure(config: ScalingConfig) -> Part:
     found = {size: _measure_size(config, size) for size in sizes}
     return Part(
         checks=tuple(_checks(found)),
-        figures={"sizes": {str(size): part for size, part in found.items()}},
+        figures={"seed": config.seed, "sizes": {str(size): part for size, part in found.items()}},
     )
 
 
 def _measure_size(config: ScalingConfig, impressions: int) -> dict[str, Any]:
     """Return the stages, the speed over time, and what the ranker reached of what it could."""
-    folder = config.output / "large" / str(impressions)
+    seed = f"-seed-{config.seed}" if config.seed else ""
+    folder = config.output / "large" / f"{impressions}{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data, run = folder / "data", folder / "run"
     write_text(folder / "train.toml", f"[training]\nthreads = {config.threads}\n")
     stages = {
         stage.name: _run_stage(folder, stage, impressions)
-        for stage in _stages(folder, impressions, config.threads)
+        for stage in _stages(folder, impressions, config)
     }
     truth = json.loads((data / _TRUTH).read_text(encoding="utf-8"))
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
@@ -75,14 +76,17 @@ def _measure_size(config: ScalingConfig, impressions: int) -> dict[str, Any]:
     }
 
 
-def _stages(folder: Path, impressions: int, processes: int) -> tuple[_Stage, ...]:
+def _stages(folder: Path, impressions: int, config: ScalingConfig) -> tuple[_Stage, ...]:
     data, run = str(folder / "data"), str(folder / "run")
-    generate = ("--output", data, "--impressions", str(impressions), "--processes", str(processes))
-    config = str(folder / "train.toml")
-    train = ("--data", data, "--tables", f"{data}/tables", "--output", run, "--config", config)
+    options = {"impressions": impressions, "seed": config.seed, "processes": config.threads}
+    generate = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    toml = str(folder / "train.toml")
+    train = ("--data", data, "--tables", f"{data}/tables", "--output", run, "--config", toml)
     build = "import sys; from features.cli import main; sys.exit(main())"
     return (
-        _Stage(name="generate", arguments=("-m", "experiments.synthetic", *generate)),
+        _Stage(
+            name="generate", arguments=("-m", "experiments.synthetic", "--output", data, *generate)
+        ),
         _Stage(name="features", arguments=("-c", build, "--data", data)),
         _Stage(name="train", arguments=("-m", "ranking.cli", *train)),
     )

@@ -13,7 +13,6 @@ is measured too, by one process that reads each batch backwards (`experiments.re
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +21,14 @@ from typing import Any
 
 from experiments.load_checks import Part, at_most
 from experiments.scaling_results import ScalingConfig, figure
+from experiments.scaling_training import METRICS, TOLERANCE, Training, differences
 from features.config_file import from_toml, to_toml
 from features.console import print_table, run_command, say
-from features.errors import BadInputError
 from features.files import write_text
 from ranking.config import RankerConfig
 
 FIGURES = "processes.json"
-_TOLERANCE = 2e-5  # one process in another order shows up to a third of it
-_METRICS = ("auc", "log_loss", "normalized_log_loss")
+_REORDERED = "experiments.reordered_training"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +68,13 @@ def _run(options: Options) -> None:
         rounds=options.rounds,
     )
     rows = [
-        [name, f"{found['rows_per_second']:,.0f}", *(f"{found[m]:.9f}" for m in _METRICS)]
+        [name, f"{found['rows_per_second']:,.0f}", *(f"{found[m]:.9f}" for m in METRICS)]
         for name, found in figures["contestants"].items()
     ]
-    print_table("training", ["", "rows/s", *_METRICS], rows)
+    print_table("training", ["", "rows/s", *METRICS], rows)
     say(f"efficiency of {options.processes} processes: {figures['efficiency']:.2f}")
-    for name, differences in figures["differences"].items():
-        shown = ", ".join(f"{metric} {found:.1e}" for metric, found in differences.items())
+    for name, apart in figures["differences"].items():
+        shown = ", ".join(f"{metric} {found:.1e}" for metric, found in apart.items())
         say(f"difference to one process, {name}: {shown}")
 
 
@@ -121,8 +119,9 @@ def measure_processes(
             training = replace(config.training, threads=number, train_weeks=weeks)
             path = output / f"{number}.toml"
             write_text(path, to_toml(replace(config, training=training)))
-            runs.append(_train(number, data, tables, path, run))
-    reordered = _train(0, data, tables, output / "1.toml", output / "reordered")
+            job = Training(data=data, tables=tables, config=path, output=run)
+            runs.append(job.run(number))
+    reordered = replace(job, config=output / "1.toml", output=output / "reordered")
     one, several = (runs[0] for runs in found.values())
     speeds = {
         number: median(run["training"]["rows_per_second"] for run in runs)
@@ -138,8 +137,8 @@ def measure_processes(
         },
         "efficiency": speeds[processes] / (processes * speeds[1]),
         "differences": {
-            f"{processes} processes": _differences(one, several),
-            "another order": _differences(one, reordered),
+            f"{processes} processes": differences(one, several),
+            "another order": differences(one, reordered.run(1, _REORDERED)),
         },
     }
     write_text(output / FIGURES, json.dumps(figures, indent=2) + "\n")
@@ -157,36 +156,9 @@ def measure(config: ScalingConfig) -> Part:
         figure("efficiency of two processes", figures["efficiency"]),
         figure("difference in AUC, two processes", of_processes["auc"]),
         figure("difference in AUC, one process in another order", of_order["auc"]),
-        at_most("difference in log loss, two processes", of_processes["log_loss"], _TOLERANCE),
+        at_most("difference in log loss, two processes", of_processes["log_loss"], TOLERANCE),
     )
     return Part(checks=checks, figures=figures)
-
-
-def _train(number: int, data: Path, tables: Path, config: Path, output: Path) -> dict[str, Any]:
-    """Run the command in ``number`` processes; returns the content of ``metrics.json``.
-
-    0 is one process that adds in another order.
-    """
-    launcher = ["-m", "ranking.cli" if number else "experiments.reordered_training"]
-    if number > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        launcher = [*torchrun, "--nproc-per-node", str(number), *launcher]
-    inputs = ["--data", data, "--tables", tables, "--config", config, "--output", output]
-    root = str(Path(__file__).parents[1])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, inputs)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("train-ranker:")]
-        reason = (lines or done.stderr.splitlines() or ["no message"])[-1]
-        raise BadInputError(f"training in {number} process(es) ended with {reason}")
-    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
 
 
 def _summary(runs: list[dict[str, Any]], speed: float) -> dict[str, Any]:
@@ -195,13 +167,8 @@ def _summary(runs: list[dict[str, Any]], speed: float) -> dict[str, Any]:
         "rows_per_second": speed,
         "seconds": [run["training"]["seconds"] for run in runs],
         "peak_rss_mb": max(run["training"]["peak_rss_mb"] for run in runs),
-        **{name: first["slices"]["all"][name] for name in _METRICS},
+        **{name: first["slices"]["all"][name] for name in METRICS},
     }
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    figures, others = one["slices"]["all"], other["slices"]["all"]
-    return {name: abs(figures[name] - others[name]) for name in _METRICS}
 
 
 if __name__ == "__main__":

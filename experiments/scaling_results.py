@@ -26,12 +26,14 @@ class ScalingConfig:
     Attributes:
         output: folder of ``scaling.json``; a part keeps its files in a folder of its name there.
         impressions: how many to generate for the part ``large``.
+        seed: of what is generated.
         data: a dataset folder for the parts that compare engines.
         threads: cores of a training process.
     """
 
     output: Path
     impressions: int
+    seed: int
     data: Path
     threads: int
 
