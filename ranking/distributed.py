@@ -43,8 +43,14 @@ __all__ = [
 Result = TypeVar("Result")
 Loss = TypeVar("Loss", float, Tensor)
 
-_BEHIND = timedelta(minutes=5)  # the most that a process may lag behind the others in training
-_ALONE = timedelta(days=2)  # the most that the first may work alone: feature building, a report
+# The most that a process may lag behind the others in training. A process that ends is noticed at
+# once. A host that vanishes without a word (power, network) is noticed after this time, or once the
+# kernel gives up on what was sent to it (`net.ipv4.tcp_retries2`), where something was under way:
+# neither gloo's connections nor torch's store have a heartbeat or a keep-alive of their own.
+_BEHIND = timedelta(minutes=5)
+# The most that the first may work alone while the others wait: building features, fitting
+# transforms, making a report. They wait in a group of their own, to which the time above is nothing.
+_ALONE = timedelta(days=2)
 _TELL_SECONDS = 3.0  # to find out who tells of a failure
 _TOLD = "ranker/told"
 _LOST = (
