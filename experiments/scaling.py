@@ -16,7 +16,7 @@ import tyro
 from features.console import run_command, say
 from features.errors import BadInputError
 
-PartName = Literal["tables", "history", "large", "processes", "interrupted", "spark"]
+PartName = Literal["tables", "history", "large", "processes", "interrupted", "spark", "gpu"]
 
 # Where each part is measured; imported when it is asked for.
 MODULES: dict[PartName, str] = {
@@ -26,6 +26,7 @@ MODULES: dict[PartName, str] = {
     "processes": "experiments.scaling_processes",
     "interrupted": "experiments.scaling_interrupted",
     "spark": "experiments.scaling_spark",
+    "gpu": "experiments.scaling_gpu",
 }
 _LEAST_IMPRESSIONS = 200_000
 
@@ -37,7 +38,8 @@ class Options:
     Parts: 'tables', a training step with product tables of up to 20 million rows; 'history', cost
     of histories of up to 1,000 purchases; 'large', features and an epoch over generated
     impressions; 'processes', two processes against one; 'interrupted', two processes that go on as
-    one and as two again, and one of two killed; 'spark', features on Spark against DuckDB.
+    one and as two again, and one of two killed; 'spark', features on Spark against DuckDB;
+    'gpu', training on a GPU, where one is at hand, against cores.
     A part that scaling.json holds is measured again where it is named; 'large' carries on where it
     was stopped. Exit status 1 if a part of this run failed. For exact figures the machine should
     be quiet.
