@@ -116,6 +116,7 @@ def _job(folder: Path, data: Path, threads: int) -> Training:
         chunk_groups=_CHUNK_GROUPS,
         checkpoint_seconds=0.0,
         precision="float32",
+        device="cpu",
         threads=max(threads, 2),
     )
     write_text(config, to_toml(RankerConfig(training=training)))

@@ -55,7 +55,7 @@ def _measure_size(config: ScalingConfig, impressions: int) -> dict[str, Any]:
     folder = config.output / "large" / f"{impressions}{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data, run = folder / "data", folder / "run"
-    write_text(folder / "train.toml", f"[training]\nthreads = {config.threads}\n")
+    write_text(folder / "train.toml", f'[training]\ndevice = "cpu"\nthreads = {config.threads}\n')
     stages = {
         stage.name: _run_stage(folder, stage, impressions)
         for stage in _stages(folder, impressions, config)

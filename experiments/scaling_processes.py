@@ -116,7 +116,7 @@ def measure_processes(
             say(f"round {turn + 1} of {rounds}: {number} process{'es' if number > 1 else ''}")
             run = output / f"{number}-round-{turn + 1}"
             # Threads are those of the machine, which its processes share: one each.
-            training = replace(config.training, threads=number, train_weeks=weeks)
+            training = replace(config.training, device="cpu", threads=number, train_weeks=weeks)
             path = output / f"{number}.toml"
             write_text(path, to_toml(replace(config, training=training)))
             job = Training(data=data, tables=tables, config=path, output=run)
