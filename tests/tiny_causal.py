@@ -147,7 +147,7 @@ def _bytes_and_merges() -> str:
 
 
 @cache
-def _trained(seed: int, steps: int = 120) -> Any:
+def _trained(seed: int, steps: int = 105) -> Any:
     """Return a model trained by next-token loss on answers."""
     model, tokenizer = _model("llama", seed), _tokenizer(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -7,8 +7,8 @@
     the same for every pair    differs                                      one of three
 
 The texts of prefix, pair and answer are tokenised apart: chat templates put a line break or a
-special token between them, at which a tokenizer splits anyway. Text of a query or a title is never read as a special
-token, so that no product can end its turn and speak for the assistant.
+special token between them, at which a tokenizer splits anyway. Text of a query or a title is never
+read as a special token, so that no product can end its turn and speak for the assistant.
 """
 
 import re
@@ -96,8 +96,7 @@ class ChatTokens:
         if room <= len(self._lead):
             raise BadInputError(
                 f"prompt '{self._prompt.version}': has {limit - room + len(self._lead):,} tokens "
-                "without a pair, and "
-                f"{self._name} reads {limit:,}, by 'max_tokens' or at all"
+                f"without a pair, and {self._name} reads {limit:,}, by 'max_tokens' or at all"
             )
         for row, question in enumerate(questions):
             if len(question) > room:
