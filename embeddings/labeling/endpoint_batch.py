@@ -13,12 +13,12 @@ import tempfile
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from embeddings.labeling.config import EndpointConfig
 from embeddings.labeling.endpoint import BATCH_PAIRS, Endpoint
+from embeddings.labeling.endpoint_batch_notes import BatchNotes, NotedBatch
 from embeddings.labeling.endpoint_jobs import MARK, Jobs, News, looks
 from embeddings.labeling.endpoint_requests import (
     OF_THE_PAIR,
@@ -32,20 +32,14 @@ from embeddings.labeling.endpoint_requests import (
     shown,
 )
 from embeddings.labeling.grades import Grades, Pairs
-from embeddings.labeling.ledger import BudgetReachedError, open_notes
+from embeddings.labeling.ledger import BudgetReachedError
 from features.errors import BadInputError
 
 FILE_BYTES = 200 * 10**6
 """The largest file of a batch."""
 
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS batches (name TEXT PRIMARY KEY, id TEXT, cost REAL, "
-    "settled INTEGER)",
-    "CREATE TABLE IF NOT EXISTS batch_questions (question TEXT PRIMARY KEY, batch TEXT)",
-)
 _CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 _GRADES_AT_ONCE = 4096
-_LOOKUP = 500
 _TOLD_ERRORS = 3
 
 
@@ -56,7 +50,7 @@ def grade_in_batches(endpoint: Endpoint, pairs: Pairs) -> Iterator[Grades]:
     the configuration's ``retries`` times.
     """
     work = _Work(endpoint, pairs)
-    with Jobs(endpoint.config) as jobs, _Notes(endpoint.ledger.path) as notes:
+    with Jobs(endpoint.config) as jobs, BatchNotes(endpoint.ledger.path) as notes:
         desk = _Desk(endpoint, jobs, notes)
         for attempt in range(endpoint.config.retries + 1):
             stopped = None
@@ -77,84 +71,6 @@ def grade_in_batches(endpoint: Endpoint, pairs: Pairs) -> Iterator[Grades]:
 def _in_parts(answers: list[tuple[int, int | None, float]]) -> Iterator[Grades]:
     for first in range(0, len(answers), _GRADES_AT_ONCE):
         yield grades_of(answers[first : first + _GRADES_AT_ONCE])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    """A batch that was noted.
-
-    Attributes:
-        name: its mark at the endpoint.
-        id: at the endpoint; ``None`` where the run ended before it was known.
-        cost: reserved for it.
-        settled: whether its true cost is noted.
-    """
-
-    name: str
-    id: str | None
-    cost: float
-    settled: bool
-
-
-class _Notes:
-    """Which questions are in which batch, in the ledger's file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = open_notes(path, *_TABLES)
-
-    def __enter__(self) -> "_Notes":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def known(self, questions: Sequence[str]) -> dict[str, str]:
-        """Return the name of the batch of each question that is in one."""
-        found: dict[str, str] = {}
-        for first in range(0, len(questions), _LOOKUP):
-            some = questions[first : first + _LOOKUP]
-            marks = ",".join("?" * len(some))
-            found.update(
-                self._file.execute(
-                    f"SELECT question, batch FROM batch_questions WHERE question IN ({marks})",
-                    list(some),
-                )
-            )
-        return found
-
-    def batches_of(self, questions: Sequence[str]) -> list[_Batch]:
-        """Return the batches that hold some questions, the oldest first."""
-        names = set(self.known(questions).values())
-        rows = self._file.execute("SELECT name, id, cost, settled FROM batches ORDER BY rowid")
-        return [
-            _Batch(name=name, id=identity, cost=reserved, settled=bool(settled))
-            for name, identity, reserved, settled in rows.fetchall()
-            if name in names
-        ]
-
-    def add(self, name: str, reserved: float, questions: Sequence[str]) -> None:
-        """Note a batch that is about to be handed in."""
-        with self._file:
-            self._file.execute("BEGIN IMMEDIATE")
-            self._file.execute("INSERT INTO batches VALUES (?, NULL, ?, 0)", (name, reserved))
-            self._file.executemany(
-                "INSERT INTO batch_questions VALUES (?, ?)", [(q, name) for q in questions]
-            )
-
-    def set_id(self, name: str, identity: str) -> None:
-        """Note what the endpoint calls a batch."""
-        self._file.execute("UPDATE batches SET id = ? WHERE name = ?", (identity, name))
-
-    def settle(self, name: str) -> None:
-        """Note that a batch's true cost is noted in the ledger."""
-        self._file.execute("UPDATE batches SET settled = 1 WHERE name = ?", (name,))
-
-    def forget(self, name: str) -> None:
-        """Take back a note of a batch that the endpoint does not do."""
-        with self._file:
-            self._file.execute("BEGIN IMMEDIATE")
-            self._file.execute("DELETE FROM batches WHERE name = ?", (name,))
-            self._file.execute("DELETE FROM batch_questions WHERE batch = ?", (name,))
 
 
 class _Work:
@@ -227,7 +143,7 @@ class _Work:
 class _Desk:
     """Hands batches in and fetches their answers."""
 
-    def __init__(self, endpoint: Endpoint, jobs: Jobs, notes: _Notes) -> None:
+    def __init__(self, endpoint: Endpoint, jobs: Jobs, notes: BatchNotes) -> None:
         self._endpoint = endpoint
         self._jobs = jobs
         self._notes = notes
@@ -289,7 +205,7 @@ class _Desk:
         )
         self._notes.set_id(name, batch.id)
 
-    def _find(self, batch: _Batch) -> None:
+    def _find(self, batch: NotedBatch) -> None:
         """Ask the endpoint for a batch whose id is not known; it may never have got it."""
         if batch.id is not None:
             return
@@ -302,14 +218,16 @@ class _Desk:
         else:
             self._withdraw(batch)
 
-    def _withdraw(self, batch: _Batch) -> None:
+    def _withdraw(self, batch: NotedBatch) -> None:
         """Forget a batch that brings nothing, so that its questions are asked anew."""
         self._notes.forget(batch.name)
         if not batch.settled:
-            self._endpoint.ledger.settle(batch.cost, 0.0)
+            self._endpoint.ledger.settle(batch.cost, 0.0, unsent=batch.requests)
 
-    def collect(self, batch: _Batch) -> dict[str, Completion]:
+    def collect(self, batch: NotedBatch) -> dict[str, Completion]:
         """Wait for a batch to end and return its answers by question.
+
+        A batch that the endpoint has forgotten, as it does after some weeks, has none.
 
         Raises:
             BadInputError: the endpoint refuses the batch as a whole.
@@ -317,7 +235,11 @@ class _Desk:
         assert batch.id is not None
         identity, news = batch.id, News()
         for _ in looks():
-            state = self._jobs.call(lambda: self._jobs.client.batches.retrieve(identity))
+            state = self._jobs.look(lambda: self._jobs.client.batches.retrieve(identity))
+            if state is None:
+                if not batch.settled:
+                    self._withdraw(batch)
+                return {}
             counts = state.request_counts
             done = f", {counts.completed:,} of {counts.total:,} answered" if counts else ""
             if not batch.settled:
@@ -336,7 +258,7 @@ class _Desk:
             self._settle(batch, completions)
         return completions
 
-    def _settle(self, batch: _Batch, completions: dict[str, Completion]) -> None:
+    def _settle(self, batch: NotedBatch, completions: dict[str, Completion]) -> None:
         read = sum(completion.input_tokens or 0 for completion in completions.values())
         written = sum(completion.output_tokens or 0 for completion in completions.values())
         self._endpoint.ledger.settle(
@@ -347,7 +269,7 @@ class _Desk:
             unreadable=sum(completion.label is None for completion in completions.values()),
         )
 
-    def _read(self, batch: _Batch, state: Any) -> dict[str, Completion]:
+    def _read(self, batch: NotedBatch, state: Any) -> dict[str, Completion]:
         """Download and read a batch's answers; questions that met an error are left out.
 
         Raises:

@@ -68,13 +68,25 @@ class Jobs:
                     raise refusal(self._config, error) from None
             time.sleep(back_off(failures) if wait is None else wait)
 
+    def look(self, function: Callable[[], Result]) -> Result | None:
+        """Return what a call returns as `call` does, ``None`` where there is no such thing."""
+        from openai import NotFoundError
+
+        def found() -> Result | None:
+            try:
+                return function()
+            except NotFoundError:
+                return None
+
+        return self.call(found)
+
     def upload(self, path: Path, purpose: Literal["batch", "fine-tune"]) -> str:
         """Hand in a file; returns its id."""
         return self.call(lambda: self.client.files.create(file=path, purpose=purpose)).id
 
     def download(self, file: str) -> bytes:
-        """Return the content of a file that the endpoint holds."""
-        return self.call(lambda: self.client.files.content(file).content)
+        """Return the content of a file that the endpoint holds; empty if it does no more."""
+        return self.look(lambda: self.client.files.content(file).content) or b""
 
     def start(
         self, name: str, create: Callable[[], Any], listed: Callable[[], Iterable[Any]]

@@ -110,13 +110,24 @@ class Ledger:
         input_tokens: int = 0,
         output_tokens: int = 0,
         unreadable: int = 0,
+        unsent: int = 0,
     ) -> None:
-        """Note what came of requests: the ``cost`` in the place of what was ``reserved``."""
+        """Note what came of requests: the ``cost`` in the place of what was ``reserved``.
+
+        Args:
+            reserved: what was reserved for them.
+            cost: what they did cost.
+            input_tokens: that the endpoint read.
+            output_tokens: that it wrote.
+            unreadable: answers that do not state exactly one label.
+            unsent: requests that were reserved and, in the end, not asked.
+        """
         with self._lock, self._file:
             self._file.execute(
                 "UPDATE spent SET cost = cost + ?, input_tokens = input_tokens + ?, "
-                "output_tokens = output_tokens + ?, unreadable = unreadable + ?",
-                (cost - reserved, input_tokens, output_tokens, unreadable),
+                "output_tokens = output_tokens + ?, unreadable = unreadable + ?, "
+                "requests = requests - ?",
+                (cost - reserved, input_tokens, output_tokens, unreadable, unsent),
             )
 
     def close(self) -> None:

@@ -148,7 +148,7 @@ def test_a_killed_run_finds_its_batch_again(server, open_endpoint, monkeypatch, 
     np.testing.assert_array_equal(grade_all(endpoint, pairs).label, labels)
     assert len(server.batches) == 1
     assert set(server.asked.values()) == {1}
-    assert len(server.asked) == 5
+    assert len(server.asked) == endpoint.ledger.requests == 5
     assert endpoint.ledger.cost == pytest.approx(endpoint.ledger.input_tokens / 1e6)
 
 
@@ -198,8 +198,18 @@ def test_a_refused_batch_says_why_and_can_be_handed_in_again(server, open_endpoi
         grade_all(open_endpoint(input_price=1.0), pairs)
     server.end = ""
     endpoint = open_endpoint(input_price=1.0)
-    assert endpoint.ledger.cost == 0
+    assert (endpoint.ledger.requests, endpoint.ledger.cost) == (0, 0)
     np.testing.assert_array_equal(grade_all(endpoint, pairs).label, labels)
+
+
+def test_what_the_server_has_forgotten_is_asked_again(server, open_endpoint):
+    pairs, labels = rule_pairs(3)
+    grade_all(open_endpoint(), pairs)
+    del server.files[server.batches["batch_0"]["output_file_id"]]
+    np.testing.assert_array_equal(grade_all(open_endpoint(), pairs).label, labels)
+    assert len(server.batches) == 2
+    del server.batches["batch_0"]
+    np.testing.assert_array_equal(grade_all(open_endpoint(), pairs).label, labels)
 
 
 def test_a_batch_of_errors_alone_says_why(server, open_endpoint):
