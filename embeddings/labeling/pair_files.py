@@ -7,9 +7,7 @@ Legend: ``P`` pairs.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embeddings.catalog import IMPRESSIONS, RELEVANCE, Catalog, check_type, open_parquet
+from embeddings.catalog import IMPRESSIONS, RELEVANCE, Catalog, open_parquet
+from embeddings.labeling.sql import INTEGER, PAIR, TEXT, engine, select
 from features import columns
-from features.data_table import quote, text
+from features.data_table import text
 from features.dataset import reading
 from features.errors import BadInputError
 from features.files import atomic_file
-from features.parquet import is_text, parquet_files
 
 if TYPE_CHECKING:
     import duckdb
@@ -40,13 +38,6 @@ BLANK, UNKNOWN, UNTITLED = "blank query", "product unknown", "product without a 
 LABELLED, REPEATED = "human label", "repeated"
 
 _LEFT_OUT = "left_out"
-_MEMORY_LIMIT = "512MB"
-_MOST_THREADS = 4
-
-_Kind = tuple[Callable[[pa.DataType], bool], str]
-_TEXT: _Kind = (is_text, "text")
-_INTEGER: _Kind = (pa.types.is_integer, "an integer")
-_PAIR = {columns.QUERY: _TEXT, columns.PRODUCT_ID: _INTEGER}
 
 # Why a pair is left out; null where it is not.
 _JUDGED = rf"""
@@ -99,7 +90,7 @@ def open_selection(output: Path) -> Selection | None:
     path = output / CHOSEN
     if not path.is_file():
         return None
-    with open_parquet(path, list(_PAIR)) as file:
+    with open_parquet(path, list(PAIR)) as file:
         left_out = json.loads(file.metadata.metadata[_LEFT_OUT.encode()])
         return Selection(path=path, pairs=file.metadata.num_rows, left_out=left_out)
 
@@ -115,8 +106,8 @@ def select_given(pairs: Path, catalog: Catalog, output: Path) -> Selection:
     Raises:
         BadInputError: a file or column cannot be read, or no pair is left.
     """
-    rows = f"SELECT *, row_number() OVER () AS place FROM ({_select(pairs, _PAIR)})"
-    with _engine(output, catalog) as connection, reading(pairs):
+    rows = f"SELECT *, row_number() OVER () AS place FROM ({select(pairs, PAIR)})"
+    with _choosing(output, catalog) as connection, reading(pairs):
         connection.execute(
             "CREATE TABLE asked AS SELECT query, product_id, min(place) AS place, "
             f"count(*) AS times FROM ({rows}) GROUP BY query, product_id"
@@ -142,10 +133,10 @@ def select_unlabelled(data: Path, catalog: Catalog, output: Path) -> Selection:
     impressions, relevance = data / IMPRESSIONS, data / RELEVANCE
     if not impressions.exists():
         raise BadInputError(f"{impressions}: no such file; name the pairs to label with --pairs")
-    shown = _select(impressions, {**_PAIR, columns.REQUEST_ID: _INTEGER})
-    with _engine(output, catalog) as connection, reading(data):
+    shown = select(impressions, {**PAIR, columns.REQUEST_ID: INTEGER})
+    with _choosing(output, catalog) as connection, reading(data):
         if relevance.exists():
-            labels = _select(relevance, {**_PAIR, columns.SOURCE: _TEXT})
+            labels = select(relevance, {**PAIR, columns.SOURCE: TEXT})
             connection.execute(
                 "INSERT INTO human SELECT DISTINCT query, product_id "
                 f"FROM ({labels}) WHERE source = 'human'"
@@ -178,39 +169,13 @@ class Titles:
 
 
 @contextmanager
-def _engine(output: Path, catalog: Catalog) -> "Iterator[duckdb.DuckDBPyConnection]":
-    """Yield a DuckDB with the tables ``catalog`` and ``human``, the latter empty.
-
-    It spills into ``output``, where no trace of it stays.
-    """
-    import duckdb
-
-    output.mkdir(parents=True, exist_ok=True)
+def _choosing(output: Path, catalog: Catalog) -> "Iterator[duckdb.DuckDBPyConnection]":
+    """Yield a DuckDB with the tables ``catalog`` and ``human``, the latter empty."""
     titled = pa.table({"product_id": catalog.product_ids, "titled": pc.is_valid(catalog.titles)})
-    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
-        config: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": _MEMORY_LIMIT,
-            "temp_directory": scratch,
-            "threads": min(_MOST_THREADS, os.cpu_count() or 1),
-        }
-        with duckdb.connect(config=config) as connection:
-            connection.register("catalog", titled)
-            connection.execute("CREATE TABLE human (query VARCHAR, product_id BIGINT)")
-            yield connection
-
-
-def _select(path: Path, kinds: Mapping[str, _Kind]) -> str:
-    """Return SQL of some columns of a Parquet file or folder, whose types are checked."""
-    files = parquet_files(path)
-    for file in files:
-        with open_parquet(file, list(kinds)) as opened:
-            for name, (accepts, expected) in kinds.items():
-                check_type(file, opened, name, accepts, expected)
-    read = ", ".join(
-        f"{quote(name)}::{'VARCHAR' if kind is _TEXT else 'BIGINT'} AS {quote(name)}"
-        for name, kind in kinds.items()
-    )
-    return f"SELECT {read} FROM read_parquet([{', '.join(text(str(file)) for file in files)}])"
+    with engine(output) as connection:
+        connection.register("catalog", titled)
+        connection.execute("CREATE TABLE human (query VARCHAR, product_id BIGINT)")
+        yield connection
 
 
 def _keep(
