@@ -64,12 +64,12 @@ class CrossEncoder:
             )
         classifier = load_pair_classifier(name, max_tokens=config.max_tokens)
         keep_freed_memory()
-        found = f"cross-encoder-{fingerprint(Path(name))}-{config.max_tokens}"
+        weights = fingerprint(Path(name))
         return cls(
             classifier.to(_device()),
             threads=config.threads,
-            model=f"{folder.resolve().name}-{fingerprint(Path(name))[:8]}",
-            fingerprint=found,
+            model=f"{folder.resolve().name}-{weights[:8]}",
+            fingerprint=f"cross-encoder-{weights}-{config.max_tokens}",
         )
 
     def grade(self, pairs: Pairs) -> Iterator[Grades]:

@@ -145,9 +145,13 @@ def load_pair_classifier(name: str, *, max_tokens: int) -> PairClassifier:
 
     with quiet_transformers():
         tokenizer = reading(name, lambda: AutoTokenizer.from_pretrained(name))
+        # On texts this short, the backward pass of torch's fused attention takes a processor ten
+        # times as long as its forward pass; the plain one makes training 1.4 times as fast.
         encoder, report = reading(
             name,
-            lambda: AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True),
+            lambda: AutoModel.from_pretrained(
+                name, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            ),
         )
         # A pooler's output is not used.
         lacking = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
