@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from embeddings.labeling.cache import AnswerCache, answer_keys
-from embeddings.labeling.grades import UNGRADED, Grader, Pairs
+from embeddings.labeling.grades import UNGRADED, Grader, Grades, Pairs
 from embeddings.labeling.label_files import part_path, part_state, write_part
 from embeddings.labeling.pair_files import Selection, Titles
 from features import columns
@@ -155,16 +155,18 @@ class LabelRun:
                 continue
             pairs = max(pairs, state.pairs)
             if nothing_known:
-                lacking = pairs
-            else:
-                chunk = self._read(number, pairs)
-                lacking = int((self.cache.look_up(chunk.keys).label == UNGRADED).sum())
+                self._unfinished[number] = _Unfinished(pairs=pairs, known=0)
+                unknown += pairs
+                continue
+            chunk = self._read(number, pairs)
+            answers = self.cache.look_up(chunk.keys)
+            lacking = int((answers.label == UNGRADED).sum())
             todo = _Unfinished(pairs=pairs, known=pairs - lacking)
             if lacking:
                 self._unfinished[number] = todo
                 unknown += lacking
             else:
-                self._write(chunk, todo)
+                self._write(chunk, todo, answers)
                 self.on_labelled(pairs)
         return unknown
 
@@ -204,9 +206,9 @@ class LabelRun:
             try:
                 self._ask(chunk.pairs, chunk.keys, unknown, self.on_labelled)
             except BadInputError:
-                self._write(chunk, todo)
+                self._write(chunk, todo, self.cache.look_up(chunk.keys))
                 raise
-            self._write(chunk, todo)
+            self._write(chunk, todo, self.cache.look_up(chunk.keys))
 
     def _read(self, number: int, count: int) -> _Chunk:
         table = self.selection.read(number, count)
@@ -253,8 +255,7 @@ class LabelRun:
                 on_labelled(int(count[begin + grades.position].sum()))
         self.tally.grading_seconds += time.perf_counter() - start
 
-    def _write(self, chunk: _Chunk, todo: _Unfinished) -> None:
-        grades = self.cache.look_up(chunk.keys)
+    def _write(self, chunk: _Chunk, todo: _Unfinished, grades: Grades) -> None:
         self.cache.commit()
         write_part(part_path(self.output, chunk.number), chunk.table, grades, self.grader)
         self.tally.labelled += int((grades.label != UNGRADED).sum())

@@ -24,7 +24,7 @@ TEXT: Kind = (is_text, "text", "VARCHAR")
 INTEGER: Kind = (pa.types.is_integer, "an integer", "BIGINT")
 PAIR: Mapping[str, Kind] = {columns.QUERY: TEXT, columns.PRODUCT_ID: INTEGER}
 
-_MEMORY_LIMIT = "512MB"
+_MEMORY_LIMIT = "256MB"
 _MOST_THREADS = 4
 
 
