@@ -352,7 +352,9 @@ def test_where_the_tables_lie_changes_nothing(setting, tables):
     shape = {"tables": tables}
     probe = setting.trainer("cuda", shape, budget=10**9)
     assert {place.where for place in probe.model.places.values()} == {"device"}
-    least = 8 * sum(weight.shape[0] for weight in probe.model.weights().values()) + 4_000
+    trained = sum(len(weight) for weight in probe.model.weights().values())
+    frozen = sum(len(bag.weight) for bag in probe.ranker.pretrained.embedding_bags.values())
+    least = 8 * trained + 4 * frozen + 500
     beyond = setting.trainer("cuda", shape, budget=least)
     wheres = {place.where for place in beyond.model.places.values()}
     assert wheres & {"cached", "host"}
