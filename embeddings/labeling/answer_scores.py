@@ -145,13 +145,17 @@ def score_apart(
         for answer in choices:
             chats.append([*prefix, *question, *answer[:-1]])
             wanted.append(answer)
+    told = {}  # where a model can be told so, it computes no logits but those of interest
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        told["logits_to_keep"] = max(map(len, wanted))
     scores: list[Tensor | None] = [None] * len(chats)
     for rows in _of_one_length([len(chat) for chat in chats]):
         ids = torch.tensor([chats[row] for row in rows], device=model.device)
-        said_ntv = model(input_ids=ids, use_cache=False).logits.float().log_softmax(2)
+        logits_ntv = model(input_ids=ids, use_cache=False, **told).logits
+        said_ntv = logits_ntv.float().log_softmax(2)
         for number, row in enumerate(rows):
             target = torch.tensor(wanted[row], device=model.device)
-            last_tv = said_ntv[number, ids.shape[1] - len(target) :]
+            last_tv = said_ntv[number, -len(target) :]
             scores[row] = last_tv.gather(1, target[:, None]).sum()
     return torch.stack([score for score in scores if score is not None])
 
