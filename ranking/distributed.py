@@ -49,7 +49,7 @@ Loss = TypeVar("Loss", float, Tensor)
 # neither gloo's connections nor torch's store have a heartbeat or a keep-alive of their own.
 _BEHIND = timedelta(minutes=5)
 # The most that the first may work alone while the others wait: building features, fitting
-# transforms, making a report. They wait in a group of their own, to which the time above is nothing.
+# transforms, making a report. They wait in a group of their own; the time above is nothing to it.
 _ALONE = timedelta(days=2)
 _TELL_SECONDS = 3.0  # to find out who tells of a failure
 _TOLD = "ranker/told"
