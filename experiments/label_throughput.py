@@ -169,6 +169,7 @@ def _label(options: Options, pairs: int, output: Path, *, fresh: bool) -> dict[s
         "asked": run["asked"],
         "asked_per_second": run["asked_per_second"],
         "process_seconds": seconds,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
         "seconds": run["seconds"],
         "pairs_per_second": run["pairs_per_second"],
         "peak_rss_mib": usage.ru_maxrss / 1024,
@@ -229,11 +230,20 @@ def _show(figures: dict[str, Any]) -> None:
             f"{run['asked']:,}",
             f"{run['pairs_per_second']:,.0f}",
             f"{run['process_seconds']:,.1f}",
+            f"{run['processor_seconds']:,.1f}",
             f"{run['peak_rss_mib']:,.0f}",
         )
         for name, run in runs
     ]
-    header = ["run", "labelled", "asked", "pairs/s", "s of the process", "peak MiB"]
+    header = [
+        "run",
+        "labelled",
+        "asked",
+        "pairs/s",
+        "s of the process",
+        "s of processor",
+        "peak MiB",
+    ]
     print_table("label-relevance label", header, rows)
     stages = figures["seconds_by_stage"]
     total = sum(stages.values())

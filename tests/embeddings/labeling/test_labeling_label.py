@@ -411,7 +411,7 @@ def cross_encoder(tmp_path_factory):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_of_a_local_grader_goes_on(tmp_path, cross_encoder, how, monkeypatch):
     data = write_tiny_labels(tmp_path / "data")
-    queries = [f"{query} {extra}" for extra in ("", *QUERIES[:6]) for query in QUERIES]
+    queries = [f"{query} {extra}" for extra in ("", *QUERIES[:3]) for query in QUERIES]
     pairs = [(query, FIRST_ID + p) for query in queries for p in range(len(PRODUCTS))]
     output = tmp_path / "out"
     path = write_pairs(tmp_path / "pairs.parquet", pairs)
@@ -428,11 +428,11 @@ def test_a_killed_run_of_a_local_grader_goes_on(tmp_path, cross_encoder, how, mo
         assert "interrupted; give the same command again to go on" in said
     assert not (output / "labels.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
-    assert 0 < len(kept) < 5
+    assert 0 < len(kept) < 3
     assert main([*map(str, arguments), "--pairs", str(path)]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     found = labels_of(output)
-    assert len(found) == len(pairs) == 10_080
+    assert len(found) == len(pairs) == 5_760
     figures = json.loads((output / "labels.json").read_text())
     assert figures["run"]["labelled"] == len(pairs) - 2048 * len(kept)
     assert figures["run"]["asked"] <= figures["run"]["labelled"]
