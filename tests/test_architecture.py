@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LAYERS = ("features", "embeddings", "ranking", "serving", "experiments")
 # What takes long to import: a command loads it only once it has work to do.
 HEAVY = (
-    *("captum", "duckdb", "fastapi", "fbgemm_gpu", "matplotlib"),
+    *("captum", "duckdb", "fastapi", "fbgemm_gpu", "matplotlib", "openai", "peft"),
     *("sklearn", "torch", "torchrec", "transformers", "uvicorn"),
 )
 

@@ -77,10 +77,11 @@ class CausalConfig:
         adapter: folder of LoRA weights, empty for none.
         prompt: name of a packaged prompt, or path of a TOML file.
         max_tokens: longer prompts are refused.
-        rank: of the LoRA matrices that fine-tuning adds; 0 trains all weights.
+        rank: of the LoRA matrices that fine-tuning adds; 0 trains all weights, which asks for a
+            learning rate of about 1e-5.
         epochs: most passes over the fine-tuning part.
         batch: pairs a step.
-        learning_rate: peak of AdamW; warmed up, then linear to 0.
+        learning_rate: peak of AdamW; warmed up, then a cosine to 0.
         warmup: share of the steps that warm up.
         threads: cores to compute on, where there is no GPU.
         seed: of new weights, dropout and orders.
