@@ -33,7 +33,6 @@ NO_LABELS, HUMAN, MODEL, BOTH = "no labels", "human", "model", "human and model"
 ARMS: "dict[str, Chosen]" = {HUMAN: "human", MODEL: "llm", BOTH: "all"}
 """Whose labels each arm is trained on."""
 
-_PAIRS = "pairs.parquet"
 _LABELS = "labels"
 
 
@@ -104,6 +103,8 @@ def label_value(
 
     if len(set(seeds)) != len(seeds) or not seeds:
         raise BadInputError(f"--seeds must be one or more different numbers, got {list(seeds)}")
+    if products < 1:
+        raise BadInputError(f"--products must be 1 or more, got {products}")
     trainings = Trainings(data, output, config or short_training())
     trainings.refuse_leaks(split)
     labels = trainings.label(grader, products, command)
@@ -172,7 +173,9 @@ class Trainings:
         from experiments.label_value_pairs import choose_pairs
         from features.files import atomic_file
 
-        pairs, labels = self._output / _PAIRS, self._output / _LABELS
+        # The name tells how many: the labels of another number are refused as those of other pairs.
+        pairs = self._output / f"pairs-{products}.parquet"
+        labels = self._output / _LABELS
         if not pairs.exists():
             table = choose_pairs(self._catalog, self._human, products)
             with atomic_file(pairs) as scratch:

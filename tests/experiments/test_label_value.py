@@ -153,6 +153,11 @@ def test_arms_are_trained_alike_compared_and_kept(data, config, tmp_path, monkey
     assert kept == fingerprint(*output.glob("*/evaluation.json"), *output.glob("*/training.json"))
     again = json.loads((output / "label_value.json").read_text())
     assert again == document
+    capsys.readouterr()
+    arguments[arguments.index("--products") + 1] = 3
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
+    assert main() == 2
+    assert "labels: was begun with another choice of pairs" in capsys.readouterr().err
 
 
 def test_a_split_that_leaks_is_refused(data, config, tmp_path):
@@ -164,6 +169,8 @@ def test_a_split_that_leaks_is_refused(data, config, tmp_path):
         trainings.refuse_leaks(leaking)
     with pytest.raises(BadInputError, match="different numbers, got \\[1, 1\\]"):
         label_value(data, tmp_path / "out", split=leaking, grader=tmp_path, seeds=(1, 1))
+    with pytest.raises(BadInputError, match="products must be 1 or more, got 0"):
+        label_value(data, tmp_path / "out", split=leaking, grader=tmp_path, products=0)
 
 
 def scores(retrieval, f1):
