@@ -25,6 +25,14 @@ COMMAND = (
 NOON = dt.datetime(2024, 3, 31, 12)
 DAY = dt.timedelta(days=1)
 INSTANT = dt.timedelta(microseconds=1)
+# A tiny dataset is through before Java has compiled anything.
+QUICK = {
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.shuffle.partitions": "2",
+    "spark.ui.enabled": "false",
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +48,13 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
         settings = {
             "spark.master": "local[2]",
-            "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
             "spark.driver.memory": "1g",
             "spark.executorEnv.PYTHONPATH": str(ROOT),
             "spark.log.level": "OFF",
-            "spark.sql.codegen.factoryMode": "NO_CODEGEN",  # it compiles longer than it runs here
-            "spark.sql.codegen.wholeStage": "false",
-            "spark.sql.shuffle.partitions": "2",
-            "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
         }
         builder = SparkSession.builder
-        for key, value in settings.items():
+        for key, value in (settings | QUICK).items():
             builder = builder.config(key, value)
         session = builder.getOrCreate()
         yield session
@@ -260,7 +263,9 @@ def test_the_command_gives_what_duckdb_gives(
 ) -> None:
     output = tmp_path / "found"
     arguments = ("--data", tiny_dataset, "--output", output, "--engine", "spark")
-    quick = {"SPARK_DRIVER_MEMORY": "1g", "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1"}
+    defaults = "\n".join(f"{key} {value}" for key, value in QUICK.items())
+    (tmp_path / "spark-defaults.conf").write_text(defaults)
+    quick = {"SPARK_DRIVER_MEMORY": "1g", "SPARK_CONF_DIR": str(tmp_path)}
     done = run(*arguments, "--master", "local[1]", **quick)
     assert done.returncode == 0, done.stderr
     assert "tiny: request records in" in done.stdout
