@@ -234,6 +234,7 @@ def _spent(ledger: Ledger) -> dict[str, float]:
         "requests": ledger.requests,
         "input_tokens": ledger.input_tokens,
         "output_tokens": ledger.output_tokens,
+        "unreadable": ledger.unreadable,
         "cost": ledger.cost,
     }
 

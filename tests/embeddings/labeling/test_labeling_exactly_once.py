@@ -127,6 +127,9 @@ def test_every_pair_is_labelled_exactly_once(chat_server, label, tmp_path):
     assert sum(proxy.answered.values()) - PAIRS <= 2 * WORKERS
     ledger = Ledger(tmp_path / "labels" / "spending.sqlite")
     assert 0 <= ledger.requests - proxy.requests <= 2 * WORKERS
+    figures = json.loads((tmp_path / "labels" / "labels.json").read_text())
+    assert figures["spending"]["requests"] == ledger.requests
+    assert figures["spending"]["unreadable"] > 0
     ledger.close()
 
 
