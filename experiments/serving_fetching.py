@@ -152,6 +152,7 @@ def write_tables(url: str, tables: Mapping[str, PretrainedTable]) -> None:
     """
     client = open_redis(url)
     for name, table in tables.items():
+        assert isinstance(table.weight, np.ndarray)
         keys = _keys(PREFIXES[name], table.ids)
         for start in range(0, len(keys), _BATCH):
             rows = table.weight[start : start + _BATCH].astype(np.float16)

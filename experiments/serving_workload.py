@@ -163,6 +163,7 @@ def grown_table(table: PretrainedTable, rows: int, seed: int) -> PretrainedTable
         rows: of the result; the first of the given ones where it has more.
         seed: of the random rows.
     """
+    assert isinstance(table.weight, np.ndarray)
     have = min(len(table.ids), rows)
     rng = np.random.default_rng([seed, 1])
     weight = np.empty((rows, table.weight.shape[1]), table.weight.dtype)
