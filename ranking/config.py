@@ -121,7 +121,7 @@ class TrainingConfig:
     train_weeks: int = 0
     keep_unclicked: float = 1.0
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
     threads: int = 2
     whole_table_mb: float = 4096.0
     checkpoint_seconds: float = 20.0
