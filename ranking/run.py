@@ -346,5 +346,5 @@ def resolve(
 
 
 def command_line(prog: str) -> str:
-    """Return the process's command line with the command's plain name."""
-    return shlex.join([prog, *sys.argv[1:]])
+    """Return the process's command line with the command's plain name, or ``python -m module``."""
+    return f"{prog} {shlex.join(sys.argv[1:])}".rstrip()
