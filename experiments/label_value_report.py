@@ -163,7 +163,9 @@ def _difference(found: Mapping[str, Any]) -> str:
     if found["interval"] is None:
         return f"{found['lift']:+.4f}"
     low, high = found["interval"]
-    return f"{found['lift']:+.4f} [{low:+.4f}, {high:+.4f}], p {found['p_value']:.3f}"
+    p_value = found["p_value"]
+    chance = "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"
+    return f"{found['lift']:+.4f} [{low:+.4f}, {high:+.4f}], {chance}"
 
 
 def _remarks(document: Mapping[str, Any]) -> list[str]:

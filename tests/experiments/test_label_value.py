@@ -143,6 +143,7 @@ def test_arms_are_trained_alike_compared_and_kept(data, config, tmp_path, monkey
     assert "human and model" in shown
     markdown = (output / "label_value.md").read_text()
     assert "| human and model − human |" in markdown  # noqa: RUF001
+    assert f"`python -m experiments.label_value --data {data}" in markdown
     assert f"The model labelled {4 * len(queries)} pairs" in markdown
 
     # Again: nothing is trained nor measured.
