@@ -48,7 +48,7 @@ def report(options: Report, command: str = "") -> dict[str, Any]:
     with LabelTables.open(options.labels, options.data, catalog, options.output) as tables:
         content = {
             "command": command,
-            "labels": str(options.labels),
+            "folder": str(options.labels),
             "data": str(options.data),
             "labelling": _labelling(options.labels),
             **summary(options.labels),

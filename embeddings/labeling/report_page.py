@@ -38,7 +38,7 @@ def page(content: Mapping[str, Any]) -> str:
         pictures.append(_coverage_picture(content["coverage"]))
     queries = content["frequent_queries"]
     origin = {
-        "Labels": content["labels"],
+        "Labels": content["folder"],
         "Dataset": content["data"],
         "Grader": " ".join(filter(None, (grader.get("model"), grader.get("prompt_version")))),
         "Fingerprint of the grader": grader.get("fingerprint", ""),

@@ -131,6 +131,7 @@ def test_all_that_there_is_to_tell(tmp_path, data, labels):
     output = tmp_path / "report"
     content = report(Report(labels=labels, data=data, output=output), "the <command>")
     assert json.loads((output / "report.json").read_text()) == content
+    assert (content["folder"], content["data"]) == (str(labels), str(data))
     found = content["distribution"]
     assert list(found["model"].values()) == [2, 1, 2]
     assert list(found["human"].values()) == [1, 0, 4]
