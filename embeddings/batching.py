@@ -77,6 +77,19 @@ def for_each(work: Callable[[np.ndarray], None], batches: Sequence[np.ndarray]) 
 
 
 @contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute on ``count`` cores, inside the block only."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers from drawing bars and reporting unused weights, inside the block only."""
     from transformers.utils import logging

@@ -14,8 +14,7 @@
 import json
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from embeddings import distributed
 from embeddings.alignment import Alignment
-from embeddings.batching import quiet_transformers
+from embeddings.batching import quiet_transformers, torch_threads
 from embeddings.catalog import RELEVANCE, Catalog, read_catalog
 from embeddings.config import DashClipTraining, StageConfig
 from embeddings.corpus import Corpus
@@ -85,7 +84,7 @@ def train_dashclip(
             something else.
     """
     config = config or DashClipTraining()
-    with distributed.process_group(), _threads(config.threads):
+    with distributed.process_group(), torch_threads(max(1, config.threads // distributed.world())):
         keep_freed_memory()
         return _Run(data, output, labels, config, command).execute()
 
@@ -384,14 +383,3 @@ def _checkpoint_gradients(model: DashClip) -> None:
     model._set_gradient_checkpointing(
         gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
     )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute on ``count`` cores, shared among the processes of this machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, count // distributed.world()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -62,6 +62,7 @@ def measure(options: Options) -> dict[str, Any]:
     """Return the figures: pairs/s both ways, their ratio and the largest difference of scores."""
     import torch
 
+    from embeddings.batching import torch_threads
     from embeddings.distributed import device
     from embeddings.labeling import causal_model as models
     from embeddings.labeling.answer_scores import (
@@ -77,7 +78,7 @@ def measure(options: Options) -> dict[str, Any]:
     found = read_judgements(options.split, "evaluation")
     pairs = found.pairs.take(range(min(options.pairs, len(found))))  # type: ignore[arg-type]
     precision = models.choose_precision(device())
-    with _model(options.model, found.pairs.titles) as source, models.threads(options.threads):
+    with _model(options.model, found.pairs.titles) as source, torch_threads(options.threads):
         chat = ChatTokens(
             models.load_tokenizer(source), read_prompt(options.prompt), name="the model"
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from embeddings.batching import torch_threads
 from embeddings.labeling.chat_tokens import ChatTokens
 from embeddings.labeling.config import CausalConfig
 from embeddings.labeling.grades import LABELS, Grades, Pairs
@@ -137,12 +138,11 @@ class CausalGrader:
         """Return the log probability of each label's answer, [P, 3] float32."""
         import torch
 
-        from embeddings.labeling import causal_model as models
         from embeddings.labeling.answer_scores import read_prefix, score_apart, score_packed
 
         model, prefix = self._language_model, self._chat.prefix
         answers = [self._chat.answers] * len(questions)
-        with torch.inference_mode(), models.threads(self._threads):
+        with torch.inference_mode(), torch_threads(self._threads):
             if self._packs:
                 if self._cache is None:
                     self._cache = read_prefix(model, prefix)

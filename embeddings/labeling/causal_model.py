@@ -142,17 +142,6 @@ def positions(model: Any, max_tokens: int) -> int:
     return min(max_tokens, limit) if isinstance(limit, int) and limit > 0 else max_tokens
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute on ``count`` cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def relative(source: str, folder: Path) -> str:
     """Return how a configuration in ``folder`` names what `find_model` found."""
     if not Path(source).is_dir():

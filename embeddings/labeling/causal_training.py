@@ -10,8 +10,7 @@ Legend: ``P`` pairs, ``3`` labels.
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from embeddings.batching import quiet_transformers
+from embeddings.batching import quiet_transformers, torch_threads
 from embeddings.config import StageConfig
 from embeddings.distributed import device
 from embeddings.labeling import causal_model as models
@@ -34,21 +33,18 @@ from embeddings.labeling.answer_scores import (
 )
 from embeddings.labeling.chat_tokens import ChatTokens
 from embeddings.labeling.config import CausalConfig
-from embeddings.labeling.cross_encoder_training import agreement, targets
-from embeddings.labeling.fine_tuned_folder import CHECKPOINT, begin, finish
+from embeddings.labeling.fine_tuned_folder import agreement, begin, finish
 from embeddings.labeling.judgements import Judgements, read_judgements
 from embeddings.labeling.prompts import Prompt, read_prompt
-from embeddings.stage import Batch, Progress, StageLoop, describe
+from embeddings.labeling.tuning import targets, tune, tuning_figures
+from embeddings.stage import Batch, Progress
 from features.config_file import to_toml
-from features.console import say
 from features.files import atomic_folder, write_text
 from features.hardware import keep_freed_memory
-from features.monitor import Monitor
 
 ADAPTER = "adapter"
 WEIGHTS = "model"
 PROMPT = "prompt.toml"
-CHECKPOINT_SECONDS = 300.0
 _LARGE = 1_000_000_000  # weights from which activations are computed twice rather than kept
 _LORA_DROPOUT = 0.05
 _VALIDATION_TOKENS = 2048
@@ -79,7 +75,7 @@ def fine_tune(
     prompt = read_prompt(config.prompt, folder=folder)
     source = models.find_model(config.model, folder)
     tokenizer = models.load_tokenizer(source)
-    with models.threads(config.threads):
+    with torch_threads(config.threads):
         keep_freed_memory()
         model = _trainable(config, source, folder)
         stage = AnswerTuning(
@@ -89,7 +85,13 @@ def fine_tune(
             read_judgements(split, "fine_tuning"),
             read_judgements(split, "validation"),
         )
-        progress = _train(stage, output)
+        progress = tune(
+            stage,
+            stage.model,
+            output,
+            bfloat16=models.choose_precision(device()) == "bfloat16",
+            seed=config.seed,
+        )
     return finish(
         output,
         _write(output, config, source, stage.model, tokenizer, prompt),
@@ -131,7 +133,7 @@ class AnswerTuning:
             warmup=config.warmup,
             weight_decay=0.0,
         )
-        self.seed = config.seed
+        self._seed = config.seed
         self.evaluation_seconds = 0.0
         limit = models.positions(model, config.max_tokens)
         self._packs = can_pack(_plain(model), limit)
@@ -143,7 +145,7 @@ class AnswerTuning:
 
     def batches(self, epoch: int, size: int) -> Iterator[Batch]:
         """Yield the batches of an epoch: random pairs."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+        order = np.random.default_rng((self._seed, epoch)).permutation(self.examples)
         for first in range(0, self.examples // size * size, size):
             yield (order[first : first + size],)
 
@@ -244,35 +246,6 @@ def _trainable(config: CausalConfig, source: str, folder: Path) -> Any:
         )
 
 
-def _train(stage: AnswerTuning, output: Path) -> Progress:
-    loop = StageLoop(
-        stage,
-        stage.model,
-        checkpoint=output / CHECKPOINT,
-        seconds=CHECKPOINT_SECONDS,
-        patience=max(1, stage.config.epochs),
-        bfloat16=models.choose_precision(device()) == "bfloat16",
-        seed=stage.seed,
-    )
-    trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
-    say(
-        f"{stage.name}: {trained:,} weights, {stage.examples:,} pairs an epoch, "
-        f"{stage.config.epochs} epochs of {loop.steps} steps of {loop.batch}"
-    )
-    board = output / "tensorboard"
-    with closing(Monitor(stage.name, loop.total, "pairs", board)) as monitor:
-
-        def note(progress: Progress, figures: dict[str, float]) -> None:
-            monitor.step(done=progress.examples, seconds=progress.seconds, figures=figures)
-
-        def tell(epoch: int, found: dict[str, float]) -> None:
-            monitor.evaluated(epoch, found)
-            when = f"after epoch {epoch}" if epoch else "before training"
-            say(f"{stage.name}, {when}: {describe(found)}")
-
-        return loop.run(note, tell)
-
-
 def _write(
     output: Path, config: CausalConfig, source: str, model: Any, tokenizer: Any, prompt: Prompt
 ) -> CausalConfig:
@@ -293,7 +266,6 @@ def _write(
 
 
 def _figures(stage: AnswerTuning, progress: Progress) -> dict[str, Any]:
-    kept = ("epoch", "examples", "seconds", "losses", "evaluations", "best")
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     pairs = len(stage.validation)
     memory = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
@@ -301,9 +273,7 @@ def _figures(stage: AnswerTuning, progress: Progress) -> dict[str, Any]:
         memory["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return {
         "trained_weights": trained,
-        "training_pairs": stage.examples,
-        "training_pairs_per_second": progress.examples / max(progress.seconds, 1e-9),
-        **{name: value for name, value in asdict(progress).items() if name in kept},
+        **tuning_figures(stage.examples, progress),
         "validation": {"pairs": pairs, **progress.evaluations[progress.best]},
         "grading_pairs_per_second": pairs / max(stage.evaluation_seconds, 1e-9),
         **memory,

@@ -4,8 +4,7 @@ Legend: ``P`` pairs, ``3`` labels.
 """
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from embeddings.batching import padded
+from embeddings.batching import padded, torch_threads
 from embeddings.config import StageConfig
 from embeddings.distributed import device
-from embeddings.labeling.agreement import label_counts
 from embeddings.labeling.config import CrossEncoderConfig
 from embeddings.labeling.cross_encoder import CrossEncoder, classify, source
-from embeddings.labeling.fine_tuned_folder import (
-    CHECKPOINT,
-    agreement,
-    begin,
-    finish,
-    validation_figures,
-)
+from embeddings.labeling.fine_tuned_folder import agreement, begin, finish, validation_figures
 from embeddings.labeling.judgements import Judgements, read_judgements
 from embeddings.labeling.pair_classifier import PairClassifier, load_pair_classifier
-from embeddings.stage import Batch, Progress, StageLoop, describe
-from features.console import say
+from embeddings.labeling.tuning import targets, tune, tuning_figures
+from embeddings.stage import Batch
 from features.hardware import fast_precision, keep_freed_memory
-from features.monitor import Monitor
 
 WEIGHTS = "model"
-CHECKPOINT_SECONDS = 300.0
 _POOL = 64  # batches whose pairs are sorted by length among each other
 
 
@@ -62,12 +52,19 @@ def fine_tune(
         return figures
     training = read_judgements(split, "fine_tuning")
     validation = read_judgements(split, "validation")
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         keep_freed_memory()
         classifier = load_pair_classifier(source(config, folder), max_tokens=config.max_tokens)
         classifier.to(device()).freeze(config.frozen_layers)
         stage = FineTuning(classifier, config, training, validation)
-        progress = _train(stage, output)
+        on_gpu = classifier.device.type == "cuda"
+        progress = tune(
+            stage,
+            classifier,
+            output,
+            bfloat16=on_gpu or fast_precision() == "bfloat16",
+            seed=config.seed,
+        )
         logits = classify(classifier, validation.pairs, threads=config.threads)
     classifier.temperature = fit_temperature(logits, targets(validation))
     classifier.save(output / WEIGHTS)
@@ -75,7 +72,7 @@ def fine_tune(
     figures = {
         "command": command,
         "kind": config.kind,
-        **_figures(stage, progress),
+        **tuning_figures(stage.examples, progress),
         "temperature": classifier.temperature,
         **validation_figures(CrossEncoder.open(tuned, output), validation),
     }
@@ -161,12 +158,6 @@ class FineTuning:
         return int(self.classifier.tokenizer.pad_token_id or 0)
 
 
-def targets(judgements: Judgements) -> np.ndarray:
-    """Return [P, 3] float32: the share of a pair's judgements that are each label."""
-    counts = label_counts(judgements).astype(np.float32)
-    return counts / counts.sum(1, keepdims=True)
-
-
 def fit_temperature(logits: np.ndarray, given: np.ndarray) -> float:
     """Return the temperature with the lowest cross entropy.
 
@@ -183,51 +174,3 @@ def fit_temperature(logits: np.ndarray, given: np.ndarray) -> float:
         method="bounded",
     )
     return float(np.exp(found.x))
-
-
-def _figures(stage: FineTuning, progress: Progress) -> dict[str, Any]:
-    kept = ("epoch", "examples", "seconds", "losses", "evaluations", "best")
-    return {
-        "training_pairs": stage.examples,
-        "training_pairs_per_second": progress.examples / max(progress.seconds, 1e-9),
-        **{name: value for name, value in asdict(progress).items() if name in kept},
-    }
-
-
-def _train(stage: FineTuning, output: Path) -> Progress:
-    on_gpu = stage.classifier.device.type == "cuda"
-    loop = StageLoop(
-        stage,
-        stage.classifier,  # type: ignore[arg-type]
-        checkpoint=output / CHECKPOINT,
-        seconds=CHECKPOINT_SECONDS,
-        patience=max(1, stage.config.epochs),
-        bfloat16=on_gpu or fast_precision() == "bfloat16",
-        seed=stage.seed,
-    )
-    say(
-        f"{stage.name}: {stage.examples:,} pairs an epoch, {stage.config.epochs} epochs of "
-        f"{loop.steps} steps of {loop.batch}"
-    )
-    board = output / "tensorboard"
-    with closing(Monitor(stage.name, loop.total, "pairs", board)) as monitor:
-
-        def note(progress: Progress, figures: dict[str, float]) -> None:
-            monitor.step(done=progress.examples, seconds=progress.seconds, figures=figures)
-
-        def tell(epoch: int, found: dict[str, float]) -> None:
-            monitor.evaluated(epoch, found)
-            when = f"after epoch {epoch}" if epoch else "before training"
-            say(f"{stage.name}, {when}: {describe(found)}")
-
-        return loop.run(note, tell)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

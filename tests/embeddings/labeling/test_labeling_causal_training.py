@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embeddings.labeling import causal_model, causal_training
+from embeddings.labeling import causal_model, causal_training, tuning
 from embeddings.labeling.causal_training import AnswerTuning, fine_tune
 from embeddings.labeling.chat_tokens import ChatTokens
 from embeddings.labeling.config import CausalConfig, read_grader_config, write_grader_config
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_split, tmp_path, monk
     save_tiny_causal(tmp_path / "model")
     config = settings("model", rank=rank, epochs=2, batch=8, learning_rate=1e-3)
     whole = fine_tune(config, tmp_path, small_split, tmp_path / "whole")
-    monkeypatch.setattr(causal_training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "_CHECKPOINT_SECONDS", 0.0)
     loss, calls = AnswerTuning.loss, []
 
     def stopping(self, batch, **more):

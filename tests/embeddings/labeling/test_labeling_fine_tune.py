@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score
 
-from embeddings.labeling import cli, cross_encoder_training
+from embeddings.labeling import cli, cross_encoder_training, tuning
 from embeddings.labeling.config import CrossEncoderConfig, read_grader_config, write_grader_config
-from embeddings.labeling.cross_encoder_training import FineTuning, fit_temperature, targets
+from embeddings.labeling.cross_encoder_training import FineTuning, fit_temperature
 from embeddings.labeling.fine_tune import fine_tune
 from embeddings.labeling.fine_tuned_folder import agreement
 from embeddings.labeling.grades import grade_all
 from embeddings.labeling.judgements import read_judgements
 from embeddings.labeling.open_grader import open_grader
+from embeddings.labeling.tuning import targets
 from features.errors import BadInputError
 from tests.tiny_bert import POSITIONS, save_tiny_bert
 from tests.tiny_labels import write_tiny_split
@@ -147,7 +148,7 @@ def test_an_epoch_has_each_pair_once_at_most_in_whole_batches(given):
 
 @pytest.mark.parametrize("step", [1, 5, 11])
 def test_a_stopped_run_ends_as_if_it_had_not_been(given, tuned, tmp_path, monkeypatch, step):
-    monkeypatch.setattr(cross_encoder_training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "_CHECKPOINT_SECONDS", 0.0)
     steps = 0
 
     def stop(stage):
