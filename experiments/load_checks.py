@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,19 +96,26 @@ def read_file(file: Path) -> dict[str, Any]:
 
 def print_results(output: Path) -> None:
     """Print every check of every part in ``load.json`` as one table."""
+    print_checks("Load tests", read_results(output))
+
+
+def print_checks(title: str, results: Mapping[str, Any]) -> None:
+    """Print every check of every part of some results as one table.
+
+    A figure that nothing is asked of has no verdict.
+    """
     rows = [
-        [
-            part,
-            check["name"],
-            _readable(check["measured"]),
-            check["asked"],
-            "ok" if check["passed"] else "FAILED",
-        ]
-        for part, found in read_results(output).get("parts", {}).items()
+        _row(part, check)
+        for part, found in results.get("parts", {}).items()
         for check in found["checks"]
     ]
-    print_table("Load tests", ["part", "check", "measured", "asked", ""], rows)
+    print_table(title, ["part", "check", "measured", "asked", ""], rows)
 
 
-def _readable(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+def _row(part: str, check: Mapping[str, Any]) -> list[str]:
+    value = check["measured"]
+    shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        shown = f"{value:,}"
+    verdict = "ok" if check["passed"] else "FAILED"
+    return [part, check["name"], shown, check["asked"], verdict if check["asked"] else ""]

@@ -5,13 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.load_checks import Check, Part, read_file, with_part
-from features.console import print_table
+from experiments.load_checks import Check, Part, print_checks, read_file, with_part
 from features.errors import BadInputError
 from features.files import write_text
 
@@ -123,23 +122,9 @@ def read_results(output: Path) -> dict[str, Any]:
 
 def print_results(output: Path) -> None:
     """Print every check of every part in ``scaling.json`` as one table."""
-    rows = [
-        _row(part, check)
-        for part, found in read_results(output).get("parts", {}).items()
-        for check in found["checks"]
-    ]
-    print_table("Scaling", ["part", "check", "measured", "asked", ""], rows)
+    print_checks("Scaling", read_results(output))
 
 
 def figure(name: str, measured: float | int | str | bool) -> Check:
     """Return a figure that is shown and asked nothing of."""
     return Check(name=name, measured=measured, asked="", passed=True)
-
-
-def _row(part: str, check: Mapping[str, Any]) -> list[str]:
-    value = check["measured"]
-    shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        shown = f"{value:,}"
-    verdict = "ok" if check["passed"] else "FAILED"
-    return [part, check["name"], shown, check["asked"], verdict if check["asked"] else ""]
