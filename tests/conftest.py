@@ -1,6 +1,7 @@
 """What the tests of all packages share."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from tiny_export import export_tiny
 from tiny_ranker import write_tiny_tables
 
 from features.requests import build_requests
+
+# A shell has what it starts in the background ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

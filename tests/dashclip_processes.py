@@ -84,7 +84,8 @@ def _has_done(folder: Path, stage: str, examples: int) -> bool:
     path = folder / "checkpoint" / "state.safetensors"
     if not path.exists():
         return False
-    with safe_open(path, framework="pt") as file:
+    # With "pt" the file is opened twice, and another may take its place in between.
+    with safe_open(path, framework="np") as file:
         header = json.loads(file.metadata()["dashclip"])
     return header["stage"] == stage and header["progress"]["examples"] >= examples
 

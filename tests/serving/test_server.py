@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,10 @@ class Server:
     def workers(self):
         """Return the process ids of the workers."""
         text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        commands = {int(p): Path(f"/proc/{p}/cmdline").read_bytes() for p in text.split()}
+        commands = {}
+        for pid in text.split():
+            with suppress(OSError):  # it may have ended meanwhile
+                commands[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes()
         return {pid for pid, command in commands.items() if b"spawn_main" in command}
 
     def lines(self):
