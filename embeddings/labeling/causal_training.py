@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from embeddings.batching import quiet_transformers, torch_threads
-from embeddings.config import StageConfig
 from embeddings.distributed import device
 from embeddings.labeling import causal_model as models
 from embeddings.labeling.answer_scores import (
@@ -36,7 +35,7 @@ from embeddings.labeling.config import CausalConfig
 from embeddings.labeling.fine_tuned_folder import agreement, begin, finish
 from embeddings.labeling.judgements import Judgements, read_judgements
 from embeddings.labeling.prompts import Prompt, read_prompt
-from embeddings.labeling.tuning import targets, tune, tuning_figures
+from embeddings.labeling.tuning import LabelStage, tune, tuning_figures
 from embeddings.stage import Batch, Progress
 from features.config_file import to_toml
 from features.files import atomic_folder, write_text
@@ -99,7 +98,7 @@ def fine_tune(
     )
 
 
-class AnswerTuning:
+class AnswerTuning(LabelStage):
     """What `embeddings.stage.StageLoop` asks of a stage.
 
     Args:
@@ -113,8 +112,6 @@ class AnswerTuning:
         BadInputError: a pair is too long.
     """
 
-    name = "fine-tuning"
-
     def __init__(
         self,
         model: Any,
@@ -123,38 +120,24 @@ class AnswerTuning:
         training: Judgements,
         validation: Judgements,
     ) -> None:
+        super().__init__(config, training, validation, weight_decay=0.0)
         self.model = model
-        self.validation = validation
-        self.examples = len(training)
-        self.config = StageConfig(
-            epochs=config.epochs,
-            batch=config.batch,
-            learning_rate=config.learning_rate,
-            warmup=config.warmup,
-            weight_decay=0.0,
-        )
-        self._seed = config.seed
         self.evaluation_seconds = 0.0
         limit = models.positions(model, config.max_tokens)
         self._packs = can_pack(_plain(model), limit)
         self._chat = chat
         self._questions = _questions(chat, training, limit)
         self._validation_questions = _questions(chat, validation, limit)
-        self._targets = targets(training)
-        self._validation_targets = torch.from_numpy(targets(validation))
 
     def batches(self, epoch: int, size: int) -> Iterator[Batch]:
         """Yield the batches of an epoch: random pairs."""
-        order = np.random.default_rng((self._seed, epoch)).permutation(self.examples)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
         for first in range(0, self.examples // size * size, size):
             yield (order[first : first + size],)
 
-    def prepare(self, batch: Batch) -> None:
-        """Nothing is to be read."""
-
     def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return minus the mean log probability of the answers that humans gave."""
-        share = self._targets[batch[0]]
+        share = self.targets[batch[0]]
         said = self._scores(
             [self._questions[row] for row in batch[0]],
             [[self._chat.answers[label] for label in np.flatnonzero(row)] for row in share],
@@ -162,9 +145,6 @@ class AnswerTuning:
         weight = torch.from_numpy(share[share > 0]).to(said.device)
         loss = -(weight * said).sum() / len(share)
         return loss, {"loss": float(loss.detach())}
-
-    def after_step(self) -> None:
-        """Nothing follows a step."""
 
     def evaluate(self) -> dict[str, float]:
         """Return the figures on the validation part, of the probabilities that grading gives."""
@@ -177,13 +157,9 @@ class AnswerTuning:
             scores.append(self._scores(questions, answers, cache).view(len(questions), -1).cpu())
         said = torch.cat(scores).log_softmax(1)
         self.evaluation_seconds = time.perf_counter() - began
-        loss = -float((said * self._validation_targets).sum(1).mean())
+        loss = -float((said * self.validation_targets).sum(1).mean())
         found = agreement(self.validation.label, said.argmax(1).numpy())
         return {"score": loss, "loss": loss, **found}
-
-    def state(self) -> dict[str, Tensor]:
-        """A stopped run needs nothing but the model."""
-        return {}
 
     def _scores(
         self, questions: list[list[int]], answers: list[list[list[int]]], cache: Any = None

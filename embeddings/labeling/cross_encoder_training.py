@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from embeddings.batching import padded, torch_threads
-from embeddings.config import StageConfig
 from embeddings.distributed import device
 from embeddings.labeling.config import CrossEncoderConfig
 from embeddings.labeling.cross_encoder import CrossEncoder, classify, source
 from embeddings.labeling.fine_tuned_folder import agreement, begin, finish, validation_figures
 from embeddings.labeling.judgements import Judgements, read_judgements
 from embeddings.labeling.pair_classifier import PairClassifier, load_pair_classifier
-from embeddings.labeling.tuning import targets, tune, tuning_figures
+from embeddings.labeling.tuning import LabelStage, targets, tune, tuning_figures
 from embeddings.stage import Batch
 from features.hardware import fast_precision, keep_freed_memory
 
@@ -79,7 +78,7 @@ def fine_tune(
     return finish(output, tuned, figures)
 
 
-class FineTuning:
+class FineTuning(LabelStage):
     """What `embeddings.stage.StageLoop` asks of a stage.
 
     Args:
@@ -89,8 +88,6 @@ class FineTuning:
         validation: pairs that choose the epoch.
     """
 
-    name = "fine-tuning"
-
     def __init__(
         self,
         classifier: PairClassifier,
@@ -98,24 +95,13 @@ class FineTuning:
         training: Judgements,
         validation: Judgements,
     ) -> None:
+        super().__init__(config, training, validation, weight_decay=config.weight_decay)
         self.classifier = classifier
-        self.validation = validation
-        self.examples = len(training)
-        self.config = StageConfig(
-            epochs=config.epochs,
-            batch=config.batch,
-            learning_rate=config.learning_rate,
-            warmup=config.warmup,
-            weight_decay=config.weight_decay,
-        )
-        self.seed = config.seed
         self.threads = config.threads
-        self.targets = targets(training)
         self._tokens, self._title = classifier.tokenize(
             training.pairs.queries, training.pairs.titles
         )
         self._lengths = np.fromiter(map(len, self._tokens), np.int64, self.examples)
-        self._validation_targets = torch.from_numpy(targets(validation))
 
     def batches(self, epoch: int, size: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, each of pairs of like length, in a random order."""
@@ -127,9 +113,6 @@ class FineTuning:
         for number in draw.permutation(len(order) // size):
             yield (order[number * size : (number + 1) * size],)
 
-    def prepare(self, batch: Batch) -> None:
-        """Nothing is to be read."""
-
     def loss(self, batch: Batch, *, epoch: float, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return the cross entropy to what humans said."""
         rows = batch[0]
@@ -139,19 +122,12 @@ class FineTuning:
         loss = cross_entropy(self.classifier(ids, title, mask), said)
         return loss, {"loss": float(loss.detach())}
 
-    def after_step(self) -> None:
-        """Nothing follows a step."""
-
     def evaluate(self) -> dict[str, float]:
         """Return the figures on the validation part."""
         logits = classify(self.classifier, self.validation.pairs, threads=self.threads)
-        loss = float(cross_entropy(torch.from_numpy(logits), self._validation_targets))
+        loss = float(cross_entropy(torch.from_numpy(logits), self.validation_targets))
         labels = logits.argmax(1).astype(np.int8)
         return {"score": loss, "loss": loss, **agreement(self.validation.label, labels)}
-
-    def state(self) -> dict[str, Tensor]:
-        """A stopped run needs nothing but the model."""
-        return {}
 
     @property
     def _pad(self) -> int:

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from embeddings.config import StageConfig
 from embeddings.labeling.agreement import label_counts
+from embeddings.labeling.config import CausalConfig, CrossEncoderConfig
 from embeddings.labeling.fine_tuned_folder import CHECKPOINT
 from embeddings.labeling.judgements import Judgements
-from embeddings.stage import Progress, Stage, StageLoop, describe
+from embeddings.stage import Batch, Progress, Stage, StageLoop, describe
 from features.console import say
 from features.monitor import Monitor
 
@@ -21,6 +25,50 @@ def targets(judgements: Judgements) -> np.ndarray:
     """Return [P, 3] float32: the share of a pair's judgements that are each label."""
     counts = label_counts(judgements).astype(np.float32)
     return counts / counts.sum(1, keepdims=True)
+
+
+class LabelStage:
+    """What stages that learn human labels share of what `embeddings.stage.StageLoop` asks for.
+
+    Args:
+        config: of the training.
+        training: pairs to learn.
+        validation: pairs that choose the epoch.
+        weight_decay: of AdamW, on matrices.
+    """
+
+    name = "fine-tuning"
+
+    def __init__(
+        self,
+        config: CrossEncoderConfig | CausalConfig,
+        training: Judgements,
+        validation: Judgements,
+        *,
+        weight_decay: float,
+    ) -> None:
+        self.config = StageConfig(
+            epochs=config.epochs,
+            batch=config.batch,
+            learning_rate=config.learning_rate,
+            warmup=config.warmup,
+            weight_decay=weight_decay,
+        )
+        self.seed = config.seed
+        self.examples = len(training)
+        self.targets = targets(training)
+        self.validation = validation
+        self.validation_targets = torch.from_numpy(targets(validation))
+
+    def prepare(self, batch: Batch) -> None:
+        """Nothing is to be read."""
+
+    def after_step(self) -> None:
+        """Nothing follows a step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """A stopped run needs nothing but the model."""
+        return {}
 
 
 def tune(stage: Stage, model: Any, output: Path, *, bfloat16: bool, seed: int) -> Progress:
